@@ -1,0 +1,104 @@
+"""The vocabulary of shapes: what flows between samplers, probes, losses and the trainer.
+
+Axes, everywhere:
+  B  rows (one completion each)     P  prompt length        L  completion length
+  S  = P + L                        V  vocabulary           D  model width
+  T  denoising steps                K  states per rollout   Z  fillings per state
+  N  items of a Batch (whatever must be seen together: a completion, a state, a pair)
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Bool, Float, Int, Key
+
+Tokens = Int[Array, "*batch length"]
+Valid = Bool[Array, "*batch length"]
+PRNGKey = Key[Array, ""]
+Metrics = dict[str, Float[Array, ""]]
+
+TEMPLATE = -1
+"""`reveal_step` of a position that the prompt's template fixed: never sampled, never trained."""
+
+HINT = -2
+"""`reveal_step` of a position that was injected from outside (inpainting)."""
+
+
+class Denoiser(NamedTuple):
+    """A masked diffusion model as pure functions with the parameters closed over.
+
+    Made by `dmrl.models.bind`. Never passed through `jit` or `grad`: differentiate
+    `lambda params: loss(bind(module, params), batch)` instead.
+    """
+
+    encode: Callable[..., Float[Array, "batch seq width"]]
+    """(tokens [B,S], valid [B,S]) -> hidden [B,S,D]; `hidden[:, i]` predicts token i."""
+    logits: Callable[..., Float[Array, "*lead vocab"]]
+    """hidden [...,D] -> float32 [...,V]; the mask token's logit is -inf."""
+    log_prob: Callable[..., Float[Array, "*lead labels"]]
+    """(hidden [...,D], labels [...,Z]) -> float32 log p [...,Z]; never materialises V."""
+    mask_id: int
+    eos_id: int
+    heads: dict[str, Callable[..., Any]] = {}
+    """Extra heads an algorithm asks for by name; usually none."""
+    cache: Any = None
+    """(prefill, step) for cached samplers, or None."""
+
+
+class Models(NamedTuple):
+    """The three readings of one architecture that a loss may use."""
+
+    policy: Denoiser
+    behaviour: Denoiser | None
+    """theta_old. None when the policy has not moved since the rollout (one inner update):
+    the ratio is then 1 at the point of differentiation and needs no second forward."""
+    reference: Denoiser | None
+    """Frozen reference, or None when no term has a KL penalty."""
+
+
+class Rollout(NamedTuple):
+    """Finished trajectories: integers and floats, no gradient.
+
+    For samplers that never change a revealed token, every intermediate state is rebuilt
+    exactly from `tokens` and `reveal_step` (see `dmrl.diffusion.probe.state_at`).
+    """
+
+    prompt: Int[Array, "b p"]
+    prompt_valid: Bool[Array, "b p"]
+    tokens: Int[Array, "b l"]
+    reveal_step: Int[Array, "b l"]
+    """Step at which the position was revealed, 0..T-1; TEMPLATE, HINT, or T if never."""
+    log_prob: Float[Array, "b l"]
+    """Behaviour log-probability of the token at the moment of its reveal (temperature 1)."""
+    entropy: Float[Array, "b l"]
+    """Entropy in nats of the position's distribution at the moment of its reveal."""
+    row: Int[Array, " b"]
+    """Index of the row in the whole rollout batch; noise is keyed by it."""
+    group: Int[Array, " b"]
+    """Completions of one prompt share a group, numbered 0.. within the rollout batch."""
+    length: Int[Array, " b"]
+    """Tokens up to and including the first EOS."""
+    reward: Float[Array, " b"] | None = None
+    """Filled by the host between the rollout and the update."""
+    states: Int[Array, "b t l"] | None = None
+    """Stored states [B,T+1,L], only where a revealed token may change."""
+    drafts: Int[Array, "b t l"] | None = None
+    """The sampler's own full predictions [B,T,L], only where asked for."""
+
+
+class ProbePlan(NamedTuple):
+    """What an algorithm wants to know: fill these intermediate states in one shot."""
+
+    step: Int[Array, "b k"]
+    fillings: int
+    temperature: float
+
+
+class Probe(NamedTuple):
+    """One-shot completions of rebuilt states and, once scored, their rewards."""
+
+    step: Int[Array, "b k"]
+    state: Int[Array, "b k l"]
+    fills: Int[Array, "b k z l"]
+    """Equal to `state` wherever it is not masked."""
+    reward: Float[Array, "b k z"] | None = None

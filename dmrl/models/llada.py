@@ -1,0 +1,242 @@
+"""LLaDA: a LLaMA-style transformer with bidirectional attention (arXiv 2502.09992).
+
+`LLaDA.__call__` stops at the final norm. The vocabulary head is a parameter of the module
+but is applied by `dmrl.models.bind`, row by row where a loss needs it: one float32 row of
+the LLaDA vocabulary is 506 kB.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "projections": jax.checkpoint_policies.save_only_these_names("qkv", "mlp"),
+}
+"""What the backward pass keeps of a layer; `full` keeps only the residual stream."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Shape and numerics of a LLaDA model; the defaults are LLaDA-8B.
+
+    `lora_rank` 0 means no adapter. `dtype` is the compute type, `param_dtype` the storage
+    type; log-probabilities are float32 whatever these are.
+    """
+
+    vocab_size: int = 126_464
+    d_model: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int = 32
+    mlp_hidden_size: int = 12_288
+    max_sequence_length: int = 4096
+    rope_theta: float = 500_000.0
+    rms_norm_eps: float = 1e-5
+    mask_token_id: int = 126_336
+    eos_token_id: int = 126_081
+    dtype: str = "bfloat16"
+    param_dtype: str = "bfloat16"
+    remat: str = "full"
+    lora_rank: int = 0
+    lora_alpha: float = 64.0
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.n_heads:
+            raise ValueError(f"n_heads={self.n_heads} does not divide d_model={self.d_model}")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads={self.n_kv_heads} does not divide {self.n_heads=}")
+        if self.d_model // self.n_heads % 2:
+            raise ValueError(f"head width {self.d_model // self.n_heads} is odd: RoPE needs pairs")
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat={self.remat!r}: choose one of {', '.join(REMAT_POLICIES)}")
+        for name in ("mask_token_id", "eos_token_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is outside 0..{self.vocab_size - 1}"
+                )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.n_heads
+
+
+def matmul_precision(dtype: str) -> jax.lax.Precision:
+    """Float32 means float32: accelerators would otherwise use their fast, short formats."""
+    return jax.lax.Precision.HIGHEST if dtype == "float32" else jax.lax.Precision.DEFAULT
+
+
+def constrain(x: jax.Array, *axes: Any) -> jax.Array:
+    """Pins the layout of an activation when a mesh is active; no-op on a bare device."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+BATCH_AXES = ("data", "fsdp")
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, normalised in float32."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        scale = self.param(
+            "scale", nn.initializers.ones, (x.shape[-1],), jnp.dtype(self.cfg.param_dtype)
+        )
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.cfg.rms_norm_eps)
+        return jnp.expand_dims(scale, range(x.ndim - 1)) * y.astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """x W, plus (alpha/r) x A B when a `lora` collection is given."""
+
+    cfg: Config
+    features: int
+    init_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        cfg, fan_in = self.cfg, x.shape[-1]
+        dot = functools.partial(jnp.matmul, precision=matmul_precision(cfg.dtype))
+        init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "normal")
+        kernel = self.param("kernel", init, (fan_in, self.features), jnp.dtype(cfg.param_dtype))
+        y = dot(x, kernel.astype(x.dtype))
+        adapted = self.is_initializing() or self.has_variable("lora", "a")
+        if cfg.lora_rank and adapted:
+            a = self.variable("lora", "a", self._init_a, (fan_in, cfg.lora_rank)).value
+            b = self.variable("lora", "b", jnp.zeros, (cfg.lora_rank, self.features)).value
+            update = dot(dot(x, a.astype(x.dtype)), b.astype(x.dtype))
+            y = y + (cfg.lora_alpha / cfg.lora_rank) * update
+        return y
+
+    def _init_a(self, shape: tuple[int, int]) -> jax.Array:
+        """Kaiming-uniform with a = sqrt(5), PEFT's default: U(-1, 1) / sqrt(fan_in)."""
+        bound = shape[0] ** -0.5
+        return jax.random.uniform(self.make_rng("params"), shape, minval=-bound, maxval=bound)
+
+
+def rope(
+    x: Float[Array, "b s h d"], positions: Int[Array, "b s"], theta: float
+) -> Float[Array, "b s h d"]:
+    """Rotary embedding, rotate-half convention, computed in float32."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Full bidirectional attention with optional grouped key/value heads."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b s d"], valid: Bool[Array, "b s"], positions: Int[Array, "b s"]
+    ) -> Float[Array, "b s d"]:
+        cfg, (batch, seq, _) = self.cfg, x.shape
+        heads = {"q_proj": cfg.n_heads, "k_proj": cfg.n_kv_heads, "v_proj": cfg.n_kv_heads}
+        q, k, v = (
+            Linear(cfg, n * cfg.head_dim, name=name)(x).reshape(batch, seq, n, cfg.head_dim)
+            for name, n in heads.items()
+        )
+        q, k = rope(q, positions, cfg.rope_theta), rope(k, positions, cfg.rope_theta)
+        q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
+        mask = jnp.broadcast_to(valid[:, None, None, :], (batch, 1, seq, seq))
+        with jax.default_matmul_precision(_PRECISION_NAME[cfg.dtype]):
+            y = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        out = Linear(cfg, cfg.d_model, init_scale=0.5 / cfg.n_layers, name="attn_out")
+        return out(y.reshape(batch, seq, cfg.d_model))
+
+
+_PRECISION_NAME = {"float32": "highest", "bfloat16": "default", "float16": "default"}
+
+
+class Block(nn.Module):
+    """Pre-norm attention and SwiGLU, each added to the residual stream."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b s d"], valid: Bool[Array, "b s"], positions: Int[Array, "b s"]
+    ) -> tuple[Float[Array, "b s d"], None]:
+        cfg = self.cfg
+        x = x + Attention(cfg, name="attn")(RMSNorm(cfg, name="attn_norm")(x), valid, positions)
+        h = RMSNorm(cfg, name="ff_norm")(x)
+        gate = Linear(cfg, cfg.mlp_hidden_size, name="ff_proj")(h)
+        up = Linear(cfg, cfg.mlp_hidden_size, name="up_proj")(h)
+        gate, up = (checkpoint_name(y, "mlp") for y in (gate, up))
+        down = Linear(cfg, cfg.d_model, init_scale=0.5 / cfg.n_layers, name="ff_out")
+        x = x + down(jax.nn.silu(gate) * up)
+        return constrain(x, BATCH_AXES, None, None), None
+
+
+class LLaDA(nn.Module):
+    """tokens [B,S], valid [B,S] -> hidden [B,S,D] after the final norm.
+
+    Padding is masked as keys and positions count from the first valid token, so a row's
+    result depends neither on its padding nor on the rest of the batch.
+    """
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[Array, "b s"], valid: Bool[Array, "b s"]
+    ) -> Float[Array, "b s d"]:
+        cfg = self.cfg
+        if tokens.shape[1] > cfg.max_sequence_length:
+            raise ValueError(
+                f"sequence of {tokens.shape[1]} tokens exceeds {cfg.max_sequence_length=}"
+            )
+        param_dtype = jnp.dtype(cfg.param_dtype)
+        embedding = self.param(
+            "embedding",
+            nn.initializers.normal(cfg.d_model**-0.5),
+            (cfg.vocab_size, cfg.d_model),
+            param_dtype,
+        )
+        self.param(
+            "head",
+            nn.initializers.variance_scaling(1.0, "fan_in", "normal"),
+            (cfg.d_model, cfg.vocab_size),
+            param_dtype,
+        )
+        positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
+        x = constrain(embedding[tokens].astype(cfg.dtype), BATCH_AXES, None, None)
+        block = Block
+        if cfg.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False)
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=cfg.n_layers,
+        )
+        x, _ = layers(cfg, name="blocks")(x, valid, positions)
+        return RMSNorm(cfg, name="ln_f")(x)
+
+
+def init(cfg: Config, key: jax.Array) -> dict[str, Any]:
+    """Fresh variables: {'params': ...} and, with an adapter, {'lora': ...} (a no-op at first)."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return dict(LLaDA(cfg).init(key, tokens, jnp.ones((1, 1), bool)))

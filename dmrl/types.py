@@ -8,7 +8,7 @@ Axes, everywhere:
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -39,10 +39,6 @@ class Denoiser(NamedTuple):
     """(hidden [...,D], labels [...,Z]) -> float32 log p [...,Z]; never materialises V."""
     mask_id: int
     eos_id: int
-    heads: dict[str, Callable[..., Any]] = {}
-    """Extra heads an algorithm asks for by name; usually none."""
-    cache: Any = None
-    """(prefill, step) for cached samplers, or None."""
 
 
 class Models(NamedTuple):

@@ -21,7 +21,7 @@ def bind(cfg: llada.Config, variables: Mapping[str, Any], keep_mask: bool = Fals
     dropped = None if keep_mask else cfg.mask_token_id
 
     def encode(tokens: Int[Array, "b s"], valid: Bool[Array, "b s"]) -> Float[Array, "b s d"]:
-        return module.apply(variables, tokens, valid)
+        return jnp.asarray(module.apply(variables, tokens, valid))
 
     def logits(hidden: Float[Array, "*lead d"]) -> Float[Array, "*lead v"]:
         return logprob.logits(hidden, head, dropped)

@@ -1,0 +1,1 @@
+"""One paper, one file. Each has `Hyper`, `probes`, `prepare` and `loss`; see docs/design.md."""

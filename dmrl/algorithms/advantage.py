@@ -1,0 +1,34 @@
+"""Rewards -> advantages. A group is the set of completions that share a baseline."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+STD_EPSILON = 1e-4
+
+
+def group_relative(
+    reward: Float[Array, " b"], group: Int[Array, " b"], divide_by_std: bool = False
+) -> Float[Array, " b"]:
+    """A_i = r_i - mean of its group, and divided by the group's std + 1e-4 if asked.
+
+    Population std, as GRPO (arXiv 2402.03300) uses; diffu-GRPO does not divide. A group whose
+    rewards all tie has advantage 0 either way.
+    """
+    same = (group[:, None] == group[None, :]).astype(jnp.float32)
+    size = jnp.sum(same, axis=1)
+    centred = reward - (same @ reward) / size
+    if not divide_by_std:
+        return centred
+    std = jnp.sqrt((same @ jnp.square(centred)) / size)
+    return centred / (std + STD_EPSILON)
+
+
+def within(reward: Float[Array, "*b z"], baseline: str = "mean") -> Float[Array, "*b z"]:
+    """Advantage of each of Z siblings on the last axis.
+
+    `mean`: r - mean (DiSPO eq. 3). `leave_one_out`: r - mean of the others, which removes the
+    factor (Z-1)/Z of DiSPO's Theorem 4.1.
+    """
+    centred = reward - jnp.mean(reward, axis=-1, keepdims=True)
+    z = reward.shape[-1]
+    return centred * (z / (z - 1)) if baseline == "leave_one_out" else centred

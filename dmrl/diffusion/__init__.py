@@ -1,0 +1,1 @@
+"""Masked diffusion: the reverse process, its probes, and estimates of its likelihood."""

@@ -1,0 +1,27 @@
+"""Random keys and Gumbel noise, keyed by row so that results do not depend on the batch."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dmrl.types import PRNGKey
+
+
+def row_keys(key: PRNGKey, row: Int[Array, " b"]) -> PRNGKey:
+    """One key a row, a function of (key, row) alone."""
+    return jax.vmap(lambda r: jax.random.fold_in(key, r))(row)
+
+
+def fold_in(keys: PRNGKey, value: int | jax.Array) -> PRNGKey:
+    """Folds one value into a vector of keys."""
+    return jax.vmap(lambda k: jax.random.fold_in(k, value))(keys)
+
+
+def perturb(
+    keys: PRNGKey, logits: Float[Array, "b l v"], temperature: float
+) -> Float[Array, "b l v"]:
+    """logits + T * Gumbel in float32: its argmax is a sample of softmax(logits / T)."""
+    if temperature == 0:
+        return logits
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
+    return logits + temperature * noise

@@ -1,0 +1,57 @@
+"""Probes: rebuild an intermediate state and ask what the model would finish with from there."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from dmrl.diffusion.likelihood import over_positions
+from dmrl.diffusion.noise import fold_in, perturb, row_keys
+from dmrl.types import Denoiser, PRNGKey, Probe, ProbePlan, Rollout
+
+
+def state_at(rollout: Rollout, step: Int[Array, "b k"], mask_id: int) -> Int[Array, "b k l"]:
+    """The completion before denoising step `step`, exactly as the sampler saw it."""
+    if rollout.states is not None:
+        return jnp.take_along_axis(rollout.states, step[:, :, None], axis=1)
+    revealed = rollout.reveal_step[:, None] < step[:, :, None]
+    return jnp.where(revealed, rollout.tokens[:, None], mask_id)
+
+
+def steps_taken(rollout: Rollout) -> Int[Array, " b"]:
+    """How many denoising steps revealed something; states 0..n-1 have at least one mask."""
+    return jnp.max(rollout.reveal_step, axis=1) + 1
+
+
+def fill(denoiser: Denoiser, rollout: Rollout, plan: ProbePlan, key: PRNGKey) -> Probe:
+    """Fills every mask of the planned states in one shot, Z times from one forward each.
+
+    The fillings are i.i.d. draws of prod_i p(x_i | state) at `plan.temperature` (0: greedy).
+    Equal in law to drawing from logits kept during the rollout, without keeping any. States
+    are visited K at a time, one row after the other along K, so memory holds one state a row.
+    """
+    keys = row_keys(key, rollout.row)
+    prompt_length = rollout.prompt.shape[1]
+
+    def one_state(column):
+        number, step = column
+        state = state_at(rollout, step[:, None], denoiser.mask_id)[:, 0]
+        tokens = jnp.concatenate([rollout.prompt, state], axis=1)
+        valid = jnp.concatenate([rollout.prompt_valid, jnp.ones(state.shape, bool)], axis=1)
+        hidden = denoiser.encode(tokens, valid)[:, prompt_length:]
+        state_keys = fold_in(keys, number)
+
+        def draw(chunk, hidden_chunk):
+            logits, chunk_keys = denoiser.logits(hidden_chunk), fold_in(state_keys, chunk)
+
+            def filling(z):
+                noisy = perturb(fold_in(chunk_keys, z), logits, plan.temperature)
+                return jnp.argmax(noisy, axis=-1)
+
+            return jax.vmap(filling, out_axes=1)(jnp.arange(plan.fillings))
+
+        drawn = over_positions(draw, hidden).astype(state.dtype)
+        return state, jnp.where(state[:, None] == denoiser.mask_id, drawn, state[:, None])
+
+    columns = (jnp.arange(plan.step.shape[1]), plan.step.T)
+    state, fills = jax.lax.map(one_state, columns)
+    return Probe(plan.step, jnp.moveaxis(state, 0, 1), jnp.moveaxis(fills, 0, 1))

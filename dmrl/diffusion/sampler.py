@@ -1,0 +1,175 @@
+"""The reverse process of LLaDA (arXiv 2502.09992): semi-autoregressive blocks in one scan.
+
+A pure function of (denoiser, prompt, template, key). Noise is keyed by row and step, so a row's
+result does not depend on the batch it is sampled in.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from dmrl.diffusion import order
+from dmrl.diffusion.masking import upto_eos
+from dmrl.diffusion.noise import fold_in, perturb, row_keys
+from dmrl.types import TEMPLATE, Denoiser, PRNGKey, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to decode `length` tokens in `steps` denoising steps, block by block."""
+
+    length: int
+    steps: int
+    block_length: int
+    temperature: float = 0.0
+    """Gumbel temperature of the proposed tokens; 0 takes the argmax."""
+    order: str = "low_confidence"
+    cfg_scale: float = 0.0
+    """Classifier-free guidance: u + (scale + 1)(c - u), u with the prompt masked."""
+
+    def __post_init__(self) -> None:
+        if self.block_length < 1 or self.length % self.block_length:
+            raise ValueError(
+                f"block_length={self.block_length} does not divide length={self.length}; "
+                f"choose one of {_divisors(self.length)}"
+            )
+        if self.steps < 1 or self.steps % self.blocks or self.steps > self.length:
+            valid = [self.blocks * n for n in range(1, self.block_length + 1)]
+            raise ValueError(
+                f"steps={self.steps} must be a multiple of the {self.blocks} block(s) "
+                f"(length={self.length}, block_length={self.block_length}) and at most "
+                f"{self.length}; choose one of {_shorten(valid)}"
+            )
+        if self.order not in order.ORDERS:
+            raise ValueError(f"order={self.order!r}: choose one of {', '.join(order.ORDERS)}")
+        if self.temperature < 0 or self.cfg_scale < 0:
+            raise ValueError(
+                f"temperature={self.temperature} and cfg_scale={self.cfg_scale} must be >= 0"
+            )
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return self.length // self.block_length
+
+    def reveals(self) -> list[int]:
+        """Tokens revealed at each step of a block; the first steps take the remainder."""
+        steps = self.steps // self.blocks
+        base, more = divmod(self.block_length, steps)
+        return [base + (i < more) for i in range(steps)]
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _shorten(values: list[int]) -> str:
+    head = ", ".join(map(str, values[:8]))
+    return head if len(values) <= 8 else f"{head}, ... {values[-1]}"
+
+
+def guided(denoiser: Denoiser, scale: float, prompt_length: int) -> Denoiser:
+    """Classifier-free guidance around `encode`, combined in float32.
+
+    The head is linear, so combining hidden states combines logits.
+    """
+
+    def encode(tokens: Int[Array, "b s"], valid: Bool[Array, "b s"]) -> jax.Array:
+        prompt = jnp.expand_dims(jnp.arange(tokens.shape[1]) < prompt_length, 0)
+        blind = jnp.where(prompt, denoiser.mask_id, tokens)
+        both = denoiser.encode(
+            jnp.concatenate([tokens, blind]), jnp.concatenate([valid, valid])
+        ).astype(jnp.float32)
+        cond, uncond = jnp.split(both, 2)
+        return uncond + (scale + 1) * (cond - uncond)
+
+    return denoiser._replace(encode=encode)
+
+
+def sample(
+    denoiser: Denoiser,
+    prompt: Int[Array, "b p"],
+    prompt_valid: Bool[Array, "b p"],
+    template: Int[Array, "b l"],
+    row: Int[Array, " b"],
+    group: Int[Array, " b"],
+    key: PRNGKey,
+    config: Sampling,
+) -> Rollout:
+    """Fills every masked position of `template`; the others stay as they are.
+
+    Only the current block passes through the vocabulary head: nothing else can be revealed, so
+    this is exact. A step that finds no masked position left in the whole batch costs nothing.
+
+    Raises:
+      ValueError: `template` is not `config.length` long.
+    """
+    if template.shape[1] != config.length:
+        raise ValueError(f"template is {template.shape[1]} long, config.length={config.length}")
+    prompt_length, width = prompt.shape[1], config.block_length
+    if config.cfg_scale:
+        denoiser = guided(denoiser, config.cfg_scale, prompt_length)
+    valid = jnp.concatenate([prompt_valid, jnp.ones(template.shape, bool)], axis=1)
+    score_of = order.ORDERS[config.order]
+    keys = row_keys(key, row)
+
+    def reveal(carry, step):
+        tokens, reveal_step, log_prob, entropy = carry
+        number, start, count = step
+        hidden = denoiser.encode(jnp.concatenate([prompt, tokens], axis=1), valid)
+        hidden = jax.lax.dynamic_slice_in_dim(hidden, prompt_length + start, width, axis=1)
+        logits = denoiser.logits(hidden)
+        log_p = jax.nn.log_softmax(logits)
+        noise_keys = fold_in(keys, number)
+        proposal = jnp.argmax(perturb(noise_keys, logits, config.temperature), axis=-1)
+        proposal = proposal.astype(tokens.dtype)
+        proposal_log_p = jnp.take_along_axis(log_p, proposal[..., None], axis=-1)[..., 0]
+
+        def block(x):
+            return jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)
+
+        masked = block(tokens) == denoiser.mask_id
+        score = score_of(log_p, proposal_log_p, fold_in(noise_keys, 1))
+        chosen = order.select_top(score, masked, count)
+        news = (proposal, jnp.full_like(proposal, number), proposal_log_p, entropy_of(log_p))
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(
+                old, jnp.where(chosen, new, block(old)), start, axis=1
+            )
+            for old, new in zip((tokens, reveal_step, log_prob, entropy), news, strict=True)
+        )
+
+    def maybe_reveal(carry, step):
+        left = jnp.any(carry[0] == denoiser.mask_id)
+        return jax.lax.cond(left, reveal, lambda c, _: c, carry, step), None
+
+    zeros = jnp.zeros(template.shape, jnp.float32)
+    never = jnp.where(template == denoiser.mask_id, config.steps, TEMPLATE)
+    carry = (template, never.astype(jnp.int32), zeros, zeros)
+    (tokens, reveal_step, log_prob, entropy), _ = jax.lax.scan(maybe_reveal, carry, _steps(config))
+    return Rollout(
+        prompt=prompt,
+        prompt_valid=prompt_valid,
+        tokens=tokens,
+        reveal_step=reveal_step,
+        log_prob=log_prob,
+        entropy=entropy,
+        row=row,
+        group=group,
+        length=jnp.sum(upto_eos(tokens, denoiser.eos_id), axis=1),
+    )
+
+
+def _steps(config: Sampling) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(step number, block start, tokens to reveal) of every step."""
+    reveals = jnp.array(config.reveals() * config.blocks, jnp.int32)
+    number = jnp.arange(config.steps, dtype=jnp.int32)
+    start = number // (config.steps // config.blocks) * config.block_length
+    return number, start, reveals
+
+
+def entropy_of(log_p: jax.Array) -> jax.Array:
+    """Entropy in nats over the last axis; impossible tokens (-inf) add nothing."""
+    return -jnp.sum(jnp.where(log_p == -jnp.inf, 0.0, jnp.exp(log_p) * log_p), axis=-1)

@@ -1,0 +1,216 @@
+"""Countdown: reach a target with + - * / and each given number exactly once.
+
+The published reward (d1, shared by SPG, wd1, EOSER and DTM) is 0 without an answer, 0.1 for a
+wrong one and 1 for a right one.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from dmrl.tasks.answers import FORMAT, TEXT, last_answer
+from dmrl.tasks.arithmetic import Term, evaluate, literals, solve
+from dmrl.tasks.options import at_least, data_file, one_of, span
+
+_BUCKETS = {"train": range(2, 8), "validation": range(1, 2), "test": range(1)}
+"""The hash values, of 8, that belong to each split."""
+_SPLITS = (*_BUCKETS, "published")
+
+_ROUND = 8192
+"""Expressions drawn at a time."""
+
+_PROMPT = """Using only the numbers {numbers}, write an arithmetic expression whose value is \
+exactly {target}. Use every number of the list exactly once. The operations +, -, * and / are \
+allowed.
+
+Put nothing but the final expression, without an equals sign or the target, between <answer> \
+and </answer>.
+
+Example: for the numbers [2, 3, 4] and the target 5 the answer is
+<answer>
+2*4-3
+</answer>
+"""
+
+
+class Example(NamedTuple):
+    """Numbers, the target, and an expression that reaches it ('' where none does)."""
+
+    numbers: tuple[int, ...]
+    target: int
+    solution: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Countdown.
+
+    Splits:
+      train, validation, test: generated. A hash of a puzzle's sorted numbers and target says
+        which split it belongs to, so the splits are disjoint whatever their sizes.
+      published: the 256 puzzles of three numbers on which d1, SPG and MDPO report. They are
+        not kept out of `train` (measured: the default one holds 3 of them).
+
+    All puzzles of a generated split differ in target or in numbers (not in their order
+    alone), and each has a solution by construction. A split has fewer than asked for when a
+    whole round of draws brings nothing new.
+    """
+
+    style: str = "compact"
+    """'compact': the prompt is "30,100,93=23:", the completion is the expression itself.
+    'published': d1's format, free text with the expression in an <answer>."""
+    protocol: str = "paper"
+    """'paper': only + - * / count, and the value must be exact. 'd1': as in the authors'
+    code ** and // count too, and values within 1e-5, which rewards expressions that the
+    prompt forbids ("23+2//100"). Neither computes powers of powers or huge ones."""
+    numbers: Sequence[int] = (3, 4)
+    """Fewest and most numbers of a generated puzzle, all equally frequent."""
+    values: Sequence[int] = (1, 100)
+    """Smallest and largest number of a generated puzzle."""
+    targets: Sequence[int] = (1, 100)
+    """Smallest and largest target of a generated puzzle."""
+    split_seed: int = 0
+    """Divides the puzzles between the splits and draws them."""
+    train_size: int = 10_000
+    """Puzzles in 'train'."""
+    held_out_size: int = 1024
+    """Puzzles in 'validation' and in 'test'."""
+    data_dir: str | None = None
+    """Directory holding countdown/cd3_test.jsonl for 'published'; default $DMRL_DATA."""
+
+    def __post_init__(self) -> None:
+        one_of("style", self.style, ("compact", "published"))
+        one_of("protocol", self.protocol, ("paper", "d1"))
+        for name, low, high in (("numbers", 2, 6), ("values", 1, 1000), ("targets", 1, 10_000)):
+            object.__setattr__(self, name, span(name, getattr(self, name), low, high))
+        at_least("split_seed", self.split_seed, 0)
+        at_least("train_size", self.train_size, 1)
+        at_least("held_out_size", self.held_out_size, 1)
+
+    @property
+    def alphabet(self) -> str:
+        """Digits, operators and separators, or printable ASCII for the published prompts."""
+        return "0123456789+-*/(),=:" if self.style == "compact" else TEXT
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """The puzzles of a split, shuffled; the same on every call.
+
+        Raises:
+          ValueError: for an unknown split, for 'published' without a data directory, or when
+            `numbers`, `values` and `targets` leave no puzzle.
+          FileNotFoundError: when the published file is not there.
+        """
+        one_of("split", split, _SPLITS)
+        if split == "published":
+            return _published(self.data_dir)
+        rng = np.random.default_rng([self.split_seed, _SPLITS.index(split)])
+        size = self.train_size if split == "train" else self.held_out_size
+        found = []
+        counts = range(self.numbers[0], self.numbers[1] + 1)
+        for i, count in enumerate(counts):
+            found += self._generate(rng, split, count, (size + i) // len(counts))
+        if not found:
+            raise ValueError(
+                f"no puzzle for {split!r} with numbers={self.numbers}, values={self.values}, "
+                f"targets={self.targets}: widen a range"
+            )
+        return [found[i] for i in rng.permutation(len(found))]
+
+    def _generate(
+        self, rng: np.random.Generator, split: str, count: int, size: int
+    ) -> list[Example]:
+        found: dict[tuple[tuple[int, ...], int], Example] = {}
+        before = -1
+        while before < len(found) < size:
+            before = len(found)
+            for example in _draw(rng, count, self.values, self.targets):
+                key = tuple(sorted(example.numbers)), example.target
+                if zlib.crc32(f"{self.split_seed} {key}".encode()) % 8 in _BUCKETS[split]:
+                    found.setdefault(key, example)
+                if len(found) == size:
+                    break
+        return list(found.values())
+
+    def prompt(self, example: Example) -> str:
+        """Numbers and target, with d1's format and instructions in the published style."""
+        if self.style == "compact":
+            return f"{','.join(map(str, example.numbers))}={example.target}:"
+        text = _PROMPT.format(numbers=list(example.numbers), target=example.target)
+        return f"{FORMAT}\n{text}"
+
+    def template(self, example: Example) -> str | None:
+        """None: the model fills every position and chooses the expression's length."""
+        return None
+
+    def score(self, example: Example, completion: str) -> dict[str, float]:
+        """The published reward and its parts.
+
+        Returns:
+          reward: 1.0 if solved, 0.1 for any other answer, 0.0 without one.
+          solved: 1.0 if the answer uses each number once and its value is the target.
+          numbers: 1.0 if it uses each number once, whatever its value.
+          answered: 1.0 if there is an answer: in the published style an <answer> pair, even
+            an empty one (as in d1's code), in the compact style any text.
+        """
+        if self.style == "published":
+            answer = last_answer(completion)
+        else:
+            answer = completion.strip() or None
+        text = (answer or "").strip()
+        numbers = sorted(literals(text)) == sorted(example.numbers)
+        solved = numbers and self._reaches(text, example.target)
+        return {
+            "reward": 1.0 if solved else 0.0 if answer is None else 0.1,
+            "solved": float(solved),
+            "numbers": float(numbers),
+            "answered": float(answer is not None),
+        }
+
+    def _reaches(self, text: str, target: int) -> bool:
+        if self.protocol == "paper":
+            return evaluate(text) == target
+        value = evaluate(text, powers=True)
+        return value is not None and -1e-5 < value - target < 1e-5
+
+
+def _published(data_dir: str | None) -> list[Example]:
+    lines = data_file(data_dir, "countdown/cd3_test.jsonl").read_text().splitlines()
+    found = []
+    for row in map(json.loads, lines):
+        numbers, target = tuple(map(int, row["input"].split(","))), int(row["output"])
+        found.append(Example(numbers, target, solve(numbers, target) or ""))
+    return found
+
+
+def _draw(
+    rng: np.random.Generator, count: int, values: Sequence[int], targets: Sequence[int]
+) -> Iterator[Example]:
+    """A round of random expressions over `count` numbers, those that hit an allowed target.
+
+    Two terms at random are joined by a random operation until one is left; divisions must
+    leave no remainder. The values stay integers far below 2^63 for the options allowed.
+    """
+    numbers = rng.integers(values[0], values[1] + 1, (_ROUND, count))
+    state, valid, steps = numbers, np.ones(_ROUND, bool), []
+    while state.shape[1] > 1:
+        order = rng.permuted(np.tile(np.arange(state.shape[1]), (_ROUND, 1)), axis=1)
+        op = rng.integers(4, size=_ROUND)
+        state = np.take_along_axis(state, order, axis=1)
+        a, b = state[:, 0], state[:, 1]
+        divisor = np.where(b == 0, 1, b)
+        valid &= (op < 3) | ((b != 0) & (a % divisor == 0))
+        joined = np.choose(op, [a + b, a - b, a * b, a // divisor])
+        state = np.column_stack([joined, state[:, 2:]])
+        steps.append((order, op))
+    reached = state[:, 0]
+    valid &= (targets[0] <= reached) & (reached <= targets[1])
+    for row in np.flatnonzero(valid):
+        terms = [Term(str(number)) for number in numbers[row]]
+        for order, op in steps:
+            first, second, *rest = (terms[i] for i in order[row])
+            terms = [first.join("+-*/"[op[row]], second), *rest]
+        yield Example(tuple(numbers[row].tolist()), int(reached[row]), terms[0].text)

@@ -1,0 +1,261 @@
+"""4x4 Sudoku: every puzzle of all 288 grids, split so that no solution is shared.
+
+A puzzle is 16 characters read row by row, '0' for an empty cell. Two published prompt and
+scoring conventions meet here: d1 scores empty cells against one given solution, which
+penalises other valid answers of a puzzle with several; the default reward checks the rules.
+"""
+
+import csv
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmrl.tasks import BLANK
+from dmrl.tasks.answers import FORMAT, TEXT, last_answer
+from dmrl.tasks.options import at_least, data_file, one_of, span
+
+CELLS = 16
+TRAIN_GRIDS, HELD_OUT_GRIDS = 200, 44
+
+_GENERATED = ("train", "validation", "test")
+_PUBLISHED = {"d1": "sudoku/d1_4x4_test.csv", "spg": "sudoku/spg_4x4_test.csv"}
+_SPLITS = (*_GENERATED, "validation_multi", "test_multi", *_PUBLISHED)
+
+_ROWS = np.arange(CELLS).reshape(4, 4)
+_BOXES = _ROWS.reshape(2, 2, 2, 2).swapaxes(1, 2).reshape(4, 4)
+_UNITS: list[list[int]] = np.concatenate([_ROWS, _ROWS.T, _BOXES]).tolist()
+
+_BLANKS = (np.arange(1 << CELLS)[:, None] >> np.arange(CELLS) & 1).astype(bool)
+"""[65536, 16] the empty cells of every blank mask; bit c stands for cell c."""
+
+_PROMPT = """Solve a 4x4 Sudoku puzzle. It is given as 16 characters, row by row from the top \
+left, and 0 marks an empty cell.
+
+Rules:
+- Every empty cell takes a digit from 1 to 4.
+- Each row, each column and each 2x2 box holds the digits 1, 2, 3 and 4 exactly once.
+
+Give the whole solved grid as one string of 16 digits from 1 to 4, without spaces or \
+separators, between <answer> and </answer>.
+
+Solve the following Sudoku puzzle: {puzzle}
+"""
+
+
+class Example(NamedTuple):
+    """A puzzle ('0' for an empty cell) and one of its solutions, 16 characters each."""
+
+    puzzle: str
+    solution: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """4x4 Sudoku.
+
+    Splits:
+      train, validation, test: puzzles with exactly one solution, among 200, 44 and 44 grids
+        that no two splits share.
+      validation_multi, test_multi: puzzles with two or more solutions, all of them among the
+        44 grids of that split; `Example.solution` is one of them.
+      d1, spg: the published test files of d1 (500 puzzles, 124 of them with several
+        solutions) and SPG (256). Their solutions are not kept out of `train`.
+
+    All puzzles of a split are distinct. A split has fewer than asked for when no more exist.
+    """
+
+    style: str = "compact"
+    """'compact': no prompt, the board itself is the template. 'published': d1's format,
+    rules and puzzle in the prompt, free text with an <answer> in the completion."""
+    reward: str = "board"
+    """'board': 1 for a board that keeps the givens and obeys the rules, else 0.
+    'cells': d1's, the fraction of empty cells that equal the given solution."""
+    blanks: Sequence[int] = (4, 12)
+    """Fewest and most empty cells of a generated puzzle; all numbers are equally frequent as
+    far as puzzles exist. No puzzle with more than 12 has one solution."""
+    split_seed: int = 0
+    """Divides the grids between the splits and draws the puzzles."""
+    train_size: int = 10_000
+    """Puzzles in 'train'."""
+    held_out_size: int = 1024
+    """Puzzles in each other generated split."""
+    data_dir: str | None = None
+    """Directory holding sudoku/*.csv for the published splits; default $DMRL_DATA."""
+
+    def __post_init__(self) -> None:
+        one_of("style", self.style, ("compact", "published"))
+        one_of("reward", self.reward, ("board", "cells"))
+        object.__setattr__(self, "blanks", span("blanks", self.blanks, 1, 12))
+        at_least("split_seed", self.split_seed, 0)
+        at_least("train_size", self.train_size, 1)
+        at_least("held_out_size", self.held_out_size, 1)
+
+    @property
+    def alphabet(self) -> str:
+        """The four digits, or printable ASCII for the published prompts."""
+        return "1234" if self.style == "compact" else TEXT
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """The puzzles of a split, shuffled; the same on every call.
+
+        Raises:
+          ValueError: for an unknown split, or a published one without a data directory.
+          FileNotFoundError: when the published file is not there.
+        """
+        one_of("split", split, _SPLITS)
+        if split in _PUBLISHED:
+            with data_file(self.data_dir, _PUBLISHED[split]).open(newline="") as file:
+                return [Example(row["Puzzle"], row["Solution"]) for row in csv.DictReader(file)]
+        part, _, multi = split.partition("_")
+        size = self.train_size if split == "train" else self.held_out_size
+        inside = _division(self.split_seed)[_GENERATED.index(part)]
+        pool = _several_solutions(inside) if multi else _one_solution(inside)
+        rng = np.random.default_rng([self.split_seed, _SPLITS.index(split)])
+        row, mask = _draw(pool, self.blanks, size, rng)
+        solved = grids()[inside[row]]
+        puzzles = np.where(_BLANKS[mask], 0, solved)
+        return [Example(p, s) for p, s in zip(_texts(puzzles), _texts(solved), strict=True)]
+
+    def prompt(self, example: Example) -> str:
+        """Empty in the compact style, where the template says it all."""
+        if self.style == "compact":
+            return ""
+        return f"{FORMAT}\n{_PROMPT.format(puzzle=example.puzzle)}"
+
+    def template(self, example: Example) -> str | None:
+        """The board with BLANK in its empty cells; None in the published style."""
+        return example.puzzle.replace("0", BLANK) if self.style == "compact" else None
+
+    def score(self, example: Example, completion: str) -> dict[str, float]:
+        """Reward and both metrics, never to be mixed.
+
+        Returns:
+          reward: as the option `reward` says.
+          solved: 1.0 if the board keeps the givens and obeys the rules, else 0.0.
+          cells: fraction of the empty cells that equal `example.solution` (0.0 if none is
+            empty). Givens that were overwritten cost nothing here, as published.
+        """
+        board = completion if self.style == "compact" else _published_board(completion)
+        wanted = [c for c in range(CELLS) if example.puzzle[c] == "0"]
+        right = sum(board[c : c + 1] == example.solution[c] for c in wanted)
+        solved = float(is_solution(example.puzzle, board))
+        cells = right / len(wanted) if wanted else 0.0
+        return {
+            "reward": solved if self.reward == "board" else cells,
+            "solved": solved,
+            "cells": cells,
+        }
+
+
+def is_solution(puzzle: str, board: str) -> bool:
+    """Whether `board` is 16 digits that keep the puzzle's givens and obey the rules."""
+    if len(board) != CELLS:
+        return False
+    keeps = all(given in ("0", cell) for given, cell in zip(puzzle, board, strict=True))
+    return keeps and all({board[c] for c in unit} == set("1234") for unit in _UNITS)
+
+
+def solutions(puzzle: str) -> list[str]:
+    """All solutions of a puzzle, sorted.
+
+    Raises:
+      ValueError: unless the puzzle is 16 characters from 0 to 4.
+    """
+    if len(puzzle) != CELLS or not set(puzzle) <= set("01234"):
+        raise ValueError(f"puzzle={puzzle!r} is not {CELLS} characters from 0 to 4")
+    givens = np.array(list(puzzle), np.uint8)
+    agrees = (givens == 0) | (grids() == givens)
+    return _texts(grids()[agrees.all(axis=1)])
+
+
+@functools.cache
+def grids() -> NDArray[np.uint8]:
+    """[288, 16] every solved grid, digits 1..4, in lexicographic order. Read only."""
+    rows = np.array(list(itertools.permutations(range(1, 5))), np.uint8)
+    band = np.concatenate([np.repeat(rows, 24, axis=0), np.tile(rows, (24, 1))], axis=1)
+    band = band[_complete(band[:, _BOXES[:2]])]
+    n = len(band)
+    grid = np.concatenate([np.repeat(band, n, axis=0), np.tile(band, (n, 1))], axis=1)
+    grid = grid[_complete(grid[:, _ROWS.T])]
+    grid.setflags(write=False)
+    return grid
+
+
+def _complete(units: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """[n, units, 4] digits -> [n] whether every unit holds all four."""
+    return (np.bitwise_or.reduce(1 << units, axis=2) == 0b11110).all(axis=1)
+
+
+def _division(seed: int) -> list[NDArray[np.int64]]:
+    """The grids of train, validation and test, as indices into `grids()`."""
+    order = np.random.default_rng(seed).permutation(len(grids()))
+    return np.split(order, [TRAIN_GRIDS, TRAIN_GRIDS + HELD_OUT_GRIDS])
+
+
+def _solution_counts(inside: NDArray[np.int64], counted: NDArray[np.bool_]) -> NDArray[np.uint16]:
+    """How many counted grids solve each puzzle: [n] grids, [n, 288] counted -> [n, 65536].
+
+    Grid k solves the puzzle that blanks the cells `mask` of grid g exactly when g and k
+    differ only within `mask`, so the count is a sum over subsets of the mask: one pass a bit.
+    """
+    differ = (grids()[inside, None] != grids()) @ (1 << np.arange(CELLS))
+    count = np.zeros((len(inside), 1 << CELLS), np.uint16)
+    np.add.at(count, (np.arange(len(inside))[:, None], differ), counted)
+    for bit in range(CELLS):
+        halves = count.reshape(len(inside), -1, 2, 1 << bit)
+        halves[:, :, 1] += halves[:, :, 0]
+    return count
+
+
+def _one_solution(inside: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """[n, 65536] whether the puzzle of grid `inside[i]` with that blank mask is unique."""
+    return _solution_counts(inside, np.ones((len(inside), len(grids())), bool)) == 1
+
+
+def _several_solutions(inside: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """[n, 65536] puzzles with two or more solutions, all of them inside, each puzzle once."""
+    every = np.ones((len(inside), len(grids())), bool)
+    member = np.isin(np.arange(len(grids())), inside)
+    earlier = member & (np.arange(len(grids())) < inside[:, None])
+    count = _solution_counts(inside, every)
+    closed = count == _solution_counts(inside, every & member)
+    return (count >= 2) & closed & (_solution_counts(inside, earlier) == 0)
+
+
+def _draw(
+    pool: NDArray[np.bool_], blanks: Sequence[int], size: int, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draws (row, blank mask) pairs without repeats, spread evenly over the numbers of blanks.
+
+    Numbers of blanks with few puzzles come first, so that the others make up for them.
+    """
+    number = _BLANKS.sum(axis=1)
+    kinds = []
+    for blank in range(blanks[0], blanks[1] + 1):
+        masks = np.flatnonzero(number == blank)
+        kinds.append((masks, np.flatnonzero(pool[:, masks])))
+    kinds.sort(key=lambda kind: len(kind[1]))
+    drawn = []
+    for i, (masks, places) in enumerate(kinds):
+        share = min(len(places), size // (len(kinds) - i))
+        size -= share
+        row, column = np.divmod(rng.choice(places, share, replace=False), len(masks))
+        drawn.append(np.stack([row, masks[column]]))
+    shuffled = rng.permutation(np.concatenate(drawn, axis=1), axis=1)
+    return shuffled[0], shuffled[1]
+
+
+def _texts(boards: NDArray[np.uint8]) -> list[str]:
+    text = (boards.astype(np.uint8) + ord("0")).tobytes().decode()
+    return [text[i : i + CELLS] for i in range(0, len(text), CELLS)]
+
+
+def _published_board(completion: str) -> str:
+    """d1's reading of an answer: its digits, cut or filled up with '0' to 16 cells."""
+    digits = filter(str.isdigit, last_answer(completion) or "")
+    return "".join(itertools.islice(digits, CELLS)).ljust(CELLS, "0")

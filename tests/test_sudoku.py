@@ -1,0 +1,166 @@
+"""4x4 Sudoku: rules, rewards, and splits that share no solution."""
+
+import collections
+import itertools
+
+import pytest
+
+from dmrl import tasks
+from dmrl.tasks import BLANK, sudoku
+
+PUZZLE = sudoku.Example("4320004330100004", "4321124334122134")
+
+
+def obeys_rules(board):
+    units = [[4 * i + j for j in range(4)] for i in range(4)]
+    units += [[4 * j + i for j in range(4)] for i in range(4)]
+    units += [[8 * i + 2 * j + k for k in (0, 1, 4, 5)] for i in (0, 1) for j in (0, 1)]
+    return all(sorted(board[c] for c in unit) == list("1234") for unit in units)
+
+
+def test_all_288_grids_are_enumerated():
+    texts = {"".join(map(str, grid)) for grid in sudoku.grids().tolist()}
+    assert sudoku.grids().shape == (288, 16)
+    assert len(texts) == 288
+    assert all(obeys_rules(text) for text in texts)
+
+
+def test_solutions_of_a_puzzle():
+    assert sudoku.solutions(PUZZLE.solution) == [PUZZLE.solution]
+    assert len(sudoku.solutions("0" * 16)) == 288
+    # The empty pairs, 1 and 2 in the first row against 2 and 1 in the third, fit both ways.
+    two = ["1234341221434321", "2134341212434321"]
+    assert sudoku.solutions("0034341200434321") == two
+    assert sudoku.solutions("1100000000000000") == []
+
+
+@pytest.mark.parametrize("puzzle", ["", "123", "5" * 16, "." * 16])
+def test_solutions_rejects_what_is_no_puzzle(puzzle):
+    with pytest.raises(ValueError, match="16 characters from 0 to 4"):
+        sudoku.solutions(puzzle)
+
+
+@pytest.mark.parametrize(
+    "board",
+    [
+        "1234234134124123",  # boxes repeat digits
+        "1234341212343412",  # columns do
+        "1133224433114422",  # rows do
+        "1234341221434325",  # 5 is no digit here
+        "123434122143432",
+        "12343412214343211",
+        "",
+    ],
+)
+def test_is_solution_refuses(board):
+    assert not sudoku.is_solution("0" * 16, board)
+    assert sudoku.is_solution("0" * 16, "1234341221434321")
+
+
+def test_board_reward_wants_rules_and_givens():
+    task = tasks.load("sudoku")
+    right = dict.fromkeys(("reward", "solved", "cells"), 1.0)
+    assert task.score(PUZZLE, PUZZLE.solution) == right
+    # Another valid grid breaks the givens: the columns of the solution, reversed.
+    other = "".join(PUZZLE.solution[4 * r : 4 * r + 4][::-1] for r in range(4))
+    assert obeys_rules(other)
+    assert task.score(PUZZLE, other)["reward"] == 0.0
+    # An overwritten given costs the board but, as published, no cell (the last cell is given).
+    broken = PUZZLE.solution[:-1] + "1"
+    assert task.score(PUZZLE, broken) == {"reward": 0.0, "solved": 0.0, "cells": 1.0}
+
+
+def test_board_reward_accepts_every_solution_of_a_puzzle():
+    task = tasks.load("sudoku")
+    example = task.examples("test_multi")[0]
+    found = sudoku.solutions(example.puzzle)
+    scores = {board: task.score(example, board) for board in found}
+    assert len(found) > 1
+    assert all(score["solved"] == 1.0 for score in scores.values())
+    assert [b for b, score in scores.items() if score["cells"] == 1.0] == [example.solution]
+
+
+def test_cells_reward_is_the_fraction_of_empty_cells():
+    task = tasks.load("sudoku", reward="cells")
+    # Empty cells 3, 4, 5, 9, 11, 12, 13, 14; right in cell 3 alone, then in the first three.
+    assert task.score(PUZZLE, "4321" + "0" * 12)["reward"] == 1 / 8
+    assert task.score(PUZZLE, "432112" + "0" * 10)["reward"] == 3 / 8
+
+
+def test_compact_boards_are_read_by_position():
+    task = tasks.load("sudoku", reward="cells")
+    shifted = PUZZLE.solution[0] + "x" + PUZZLE.solution[1:15]
+    assert task.score(PUZZLE, PUZZLE.solution[:3] + "x" + PUZZLE.solution[4:])["cells"] == 7 / 8
+    assert task.score(PUZZLE, shifted)["cells"] < 7 / 8
+    assert task.score(PUZZLE, PUZZLE.solution[:3])["cells"] == 0.0
+    assert task.score(PUZZLE, PUZZLE.solution + "1")["solved"] == 0.0
+
+
+def test_compact_template_is_the_board():
+    task = tasks.load("sudoku")
+    assert task.prompt(PUZZLE) == ""
+    assert task.template(PUZZLE) == f"432{BLANK * 3}433{BLANK}1{BLANK * 4}4"
+    assert set(task.template(PUZZLE)) - {BLANK} <= set(task.alphabet)
+
+
+def test_sudoku_splits_share_no_solution():
+    task = tasks.load("sudoku")
+    splits = {name: task.examples(name) for name in ("train", "validation", "test")}
+    grids = {name: {e.solution for e in found} for name, found in splits.items()}
+    assert {name: len(found) for name, found in splits.items()} == {
+        "train": 10_000,
+        "validation": 1024,
+        "test": 1024,
+    }
+    assert {name: len(found) for name, found in grids.items()} == {
+        "train": 200,
+        "validation": 44,
+        "test": 44,
+    }
+    for a, b in itertools.combinations(grids.values(), 2):
+        assert not a & b
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_sudoku_puzzles_have_one_solution(split):
+    found = tasks.load("sudoku", train_size=1024).examples(split)
+    assert len({e.puzzle for e in found}) == len(found) == 1024
+    for example in found[:300]:
+        assert sudoku.solutions(example.puzzle) == [example.solution]
+    blanks = collections.Counter(e.puzzle.count("0") for e in found)
+    assert sorted(blanks) == list(range(4, 13))
+    assert max(blanks.values()) - min(blanks.values()) <= 1
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_multi_puzzles_keep_all_solutions_in_their_split(split):
+    task = tasks.load("sudoku")
+    grids = {e.solution for e in task.examples(split)}
+    found = task.examples(f"{split}_multi")
+    assert len({e.puzzle for e in found}) == len(found) == 1024
+    for example in found[:300]:
+        every = sudoku.solutions(example.puzzle)
+        assert len(every) >= 2
+        assert example.solution in every
+        assert set(every) <= grids
+
+
+def test_blanks_limit_the_empty_cells_and_the_supply():
+    # 12 empty cells: 25,728 unique puzzles over 288 grids, 17,828 of them in these 200.
+    found = tasks.load("sudoku", blanks=[12, 12], train_size=100_000).examples("train")
+    assert {e.puzzle.count("0") for e in found} == {12}
+    assert len({e.puzzle for e in found}) == len(found) == 17_828
+
+
+def test_sudoku_seed_changes_the_division():
+    solutions = [{e.solution for e in sudoku.Task(split_seed=s).examples("test")} for s in (0, 1)]
+    assert solutions[0] != solutions[1]
+
+
+@pytest.mark.parametrize(("split", "size"), [("d1", 500), ("spg", 256)])
+def test_published_sudoku_files(data_dir, split, size):
+    found = tasks.load("sudoku", data_dir=str(data_dir)).examples(split)
+    assert len(found) == size
+    assert all(sudoku.is_solution(e.puzzle, e.solution) for e in found)
+    unique = sum(len(sudoku.solutions(e.puzzle)) == 1 for e in found)
+    assert unique == {"d1": 376, "spg": 256}[split]  # published

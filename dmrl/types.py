@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 Tokens = Int[Array, "*batch length"]
 Valid = Bool[Array, "*batch length"]
 PRNGKey = Key[Array, ""]
+RowKeys = Key[Array, " b"]
+"""One key a row."""
 Metrics = dict[str, Float[Array, ""]]
 
 TEMPLATE = -1

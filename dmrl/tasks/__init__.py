@@ -23,6 +23,10 @@ class Task(Protocol):
     def alphabet(self) -> str:
         """The characters a character tokenizer needs for prompts and answers."""
 
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns if a completion is a board, for reports; else None."""
+
     def examples(self, split: str) -> Sequence[Any]:
         """The examples of 'train', 'validation', 'test' or a further split of the task.
 
@@ -34,6 +38,9 @@ class Task(Protocol):
 
     def template(self, example: Any) -> str | None:
         """The completion with BLANK where the model fills; None when all positions are free."""
+
+    def answer(self, example: Any) -> str | None:
+        """A completion that earns full reward, for supervised stages; None if none is known."""
 
     def score(self, example: Any, completion: str) -> dict[str, float]:
         """'reward' and the task's metrics, always the same keys, all finite.

@@ -96,6 +96,11 @@ class Task:
         """Digits, operators and separators, or printable ASCII for the published prompts."""
         return "0123456789+-*/(),=:" if self.style == "compact" else TEXT
 
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """None: an expression is no board."""
+        return None
+
     def examples(self, split: str) -> Sequence[Example]:
         """The puzzles of a split, shuffled; the same on every call.
 
@@ -145,6 +150,12 @@ class Task:
     def template(self, example: Example) -> str | None:
         """None: the model fills every position and chooses the expression's length."""
         return None
+
+    def answer(self, example: Example) -> str | None:
+        """The known expression, in <answer> tags in the published style; None if unknown."""
+        if not example.solution or self.style == "compact":
+            return example.solution or None
+        return f"<answer>\n{example.solution}\n</answer>"
 
     def score(self, example: Example, completion: str) -> dict[str, float]:
         """The published reward and its parts.

@@ -100,6 +100,11 @@ class Task:
         """The four digits, or printable ASCII for the published prompts."""
         return "1234" if self.style == "compact" else TEXT
 
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """4 x 4 in the compact style."""
+        return (4, 4) if self.style == "compact" else None
+
     def examples(self, split: str) -> Sequence[Example]:
         """The puzzles of a split, shuffled; the same on every call.
 
@@ -130,6 +135,12 @@ class Task:
     def template(self, example: Example) -> str | None:
         """The board with BLANK in its empty cells; None in the published style."""
         return example.puzzle.replace("0", BLANK) if self.style == "compact" else None
+
+    def answer(self, example: Example) -> str:
+        """The solved board, in <answer> tags in the published style."""
+        if self.style == "compact":
+            return example.solution
+        return f"<answer>\n{example.solution}\n</answer>"
 
     def score(self, example: Example, completion: str) -> dict[str, float]:
         """Reward and both metrics, never to be mixed.

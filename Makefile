@@ -1,0 +1,31 @@
+# make train: the tiny run from nothing.  make test: the tests from nothing.
+PYTHON ?= python3
+BIN := .venv/bin
+CONFIG ?= configs/sudoku_dispo.py
+
+.PHONY: setup train test test-slow lint clean
+
+setup: .venv/ready
+
+.venv/ready: setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dmrl needs Python 3.11 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+train: setup
+	$(BIN)/python launch/train.py --config=$(CONFIG) $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+clean:
+	rm -rf .venv build *.egg-info

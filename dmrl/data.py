@@ -1,0 +1,88 @@
+"""Prompts and supervised examples as seeded, resumable grain pipelines."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from dmrl import tokenizer as tokenization
+from dmrl.tasks import Task
+
+
+class Prompts(NamedTuple):
+    """A split, tokenized once: arrays over its N examples."""
+
+    examples: Sequence[Any]
+    prompt: np.ndarray  # [N, P] int32, padded on the left
+    prompt_valid: np.ndarray  # [N, P] bool
+    template: np.ndarray  # [N, L] int32, the mask token where the model fills
+
+
+def tokenize(
+    task: Task, tokenizer: Any, split: str, prompt_length: int, length: int, mask_id: int
+) -> Prompts:
+    """All prompts and templates of a split.
+
+    Raises:
+      ValueError: the split is empty, a prompt is longer than `prompt_length`, or a template is
+        not `length` tokens.
+    """
+    examples = task.examples(split)
+    if not examples:
+        raise ValueError(f"split {split!r} has no examples")
+    rows = [tokenization.encode_prompt(tokenizer, task.prompt(e)) for e in examples]
+    prompt, valid = tokenization.pad_left(rows, prompt_length, tokenizer.pad_token_id)
+    template = np.array(
+        [
+            tokenization.encode_template(tokenizer, task.template(e), length, mask_id)
+            for e in examples
+        ],
+        np.int32,
+    )
+    return Prompts(examples, prompt, valid, template)
+
+
+def answers(task: Task, tokenizer: Any, prompts: Prompts, eos_id: int) -> np.ndarray:
+    """Supervised targets [N, L]: the task's reference completions, padded with EOS.
+
+    EOS padding is part of the target, as in LLaDA's supervised stage.
+
+    Raises:
+      ValueError: the task has no reference completion, or one does not fit.
+    """
+    length = prompts.template.shape[1]
+    out = np.full(prompts.template.shape, eos_id, np.int32)
+    for i, example in enumerate(prompts.examples):
+        text = task.answer(example)
+        if text is None:
+            raise ValueError(f"{type(task).__module__} has no reference completion to imitate")
+        ids = tokenization.encode(tokenizer, text)
+        if len(ids) > length:
+            raise ValueError(f"answer {text!r} is {len(ids)} tokens, the completion {length}")
+        out[i, : len(ids)] = ids
+    return out
+
+
+def batches(size: int, batch: int, seed: int) -> grain.DatasetIterator:
+    """Endless batches of example indices [batch] in a seeded order, reshuffled every epoch.
+
+    The iterator's `get_state`/`set_state` resume it exactly.
+
+    Raises:
+      ValueError: `batch` exceeds `size`.
+    """
+    if batch > size:
+        raise ValueError(f"{batch} prompts a step, but the split has only {size} examples")
+    source = grain.MapDataset.source(np.arange(size, dtype=np.int32))
+    return iter(source.shuffle(seed=seed).repeat().batch(batch).to_iter_dataset())
+
+
+def in_order(size: int, batch: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Index batches [batch] that cover 0..size-1 once, and how many of each are real.
+
+    The last batch is padded by repetition, so that every batch has one shape.
+    """
+    for start in range(0, size, batch):
+        index = np.arange(start, start + batch)
+        yield np.minimum(index, size - 1), min(batch, size - start)

@@ -1,0 +1,105 @@
+"""Decode a held-out split and score it: yields (name, value) for every setting."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dmrl import data, tokenizer
+from dmrl.diffusion.sampler import Sampling
+from dmrl.tasks import Task
+from dmrl.types import Rollout
+
+
+class Decoded(NamedTuple):
+    """Finished completions of a split, on the host."""
+
+    rollout: Rollout
+    texts: list[str]
+    scores: list[dict[str, float]]
+
+
+def setting_name(sampling: Sampling) -> str:
+    """`greedy_16` or `sampled_4`: how tokens are drawn, in how many steps."""
+    return f"{'sampled' if sampling.temperature else 'greedy'}_{sampling.steps}"
+
+
+def decode(
+    programs: Any,
+    trainable: Any,
+    frozen: Any,
+    prompts: data.Prompts,
+    task: Task,
+    tok: Any,
+    batch: int,
+    key: jax.Array,
+) -> Decoded:
+    """Decodes every prompt with `programs.sampling`.
+
+    Noise follows the row number, so the result does not depend on `batch`.
+    """
+    parts: list[Rollout] = []
+    for index, real in data.in_order(len(prompts.examples), batch):
+        rows = tuple(x[index] for x in prompts[1:])
+        rollout, _ = programs.rollout(trainable, frozen, rows, int(index[0]), key)
+        rollout = jax.device_get(rollout._replace(reward=None))
+        parts.append(jax.tree.map(lambda x, n=real: x[:n], rollout))
+    joined: Rollout = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    cfg = programs.model
+    texts = tokenizer.decode(tok, np.asarray(joined.tokens), cfg.mask_token_id, cfg.eos_token_id)
+    scores = [task.score(e, t) for e, t in zip(prompts.examples, texts, strict=True)]
+    return Decoded(joined, texts, scores)
+
+
+def metrics(decoded: Decoded) -> Iterator[tuple[str, float]]:
+    """Mean of each score, and the mean completion length."""
+    for name in decoded.scores[0]:
+        yield name, float(np.mean([s[name] for s in decoded.scores]))
+    yield "mean_length", float(np.mean(np.asarray(decoded.rollout.length)))
+
+
+def interval(successes: float, count: int) -> tuple[float, float]:
+    """95% Wilson interval of a rate, as fractions."""
+    z, rate = 1.959964, successes / count
+    centre = (rate + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * np.sqrt(rate * (1 - rate) / count + z * z / (4 * count**2))
+    return float(centre - half), float(centre + half)
+
+
+def trajectories(
+    decoded: Decoded,
+    prompts: data.Prompts,
+    task: Task,
+    tok: Any,
+    setting: Sampling,
+    when: str,
+    count: int,
+) -> Iterator[Mapping[str, Any]]:
+    """The first `count` completions as the report shows them: one JSON-able row each."""
+    rollout = decoded.rollout
+    for i in range(min(count, len(decoded.texts))):
+        example = prompts.examples[i]
+        tokens = [str(tok.decode([t], skip_special_tokens=True)) for t in rollout.tokens[i]]
+        reveal = np.asarray(rollout.reveal_step[i]).tolist()
+        answer = task.answer(example) if task.template(example) is not None else None
+        correct = [
+            None if step < 0 or answer is None or len(answer) != len(tokens) else token == want
+            for step, token, want in zip(reveal, tokens, answer or tokens, strict=False)
+        ]
+        yield {
+            "when": when,
+            "setting": setting_name(setting),
+            "id": i,
+            "prompt": task.prompt(example),
+            "template": task.template(example) or "",
+            "tokens": tokens,
+            "reveal_step": reveal,
+            "log_prob": np.round(np.asarray(rollout.log_prob[i]), 4).tolist(),
+            "entropy": np.round(np.asarray(rollout.entropy[i]), 4).tolist(),
+            "steps": setting.steps,
+            "reward": decoded.scores[i]["reward"],
+            "metrics": decoded.scores[i],
+            "correct": correct,
+            "grid": list(task.grid) if task.grid else None,
+        }

@@ -1,0 +1,94 @@
+"""The device mesh and who holds which slice of what.
+
+One table maps parameter paths to layouts; it serves weights, adapters and optimiser state
+alike. Programs are ordinary `jax.jit` over `NamedSharding`s, on one device as on a pod.
+"""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+RULES: tuple[tuple[str, P], ...] = (
+    # The leading axis of everything under `blocks` is the layer.
+    (r"blocks/.*(q_proj|k_proj|v_proj|ff_proj|up_proj)/kernel$", P(None, "fsdp", "tensor")),
+    (r"blocks/.*(attn_out|ff_out)/kernel$", P(None, "tensor", "fsdp")),
+    (r"blocks/.*(q_proj|k_proj|v_proj|ff_proj|up_proj)/a$", P(None, "fsdp", None)),
+    (r"blocks/.*(q_proj|k_proj|v_proj|ff_proj|up_proj)/b$", P(None, None, "tensor")),
+    (r"blocks/.*(attn_out|ff_out)/a$", P(None, "tensor", None)),
+    (r"blocks/.*(attn_out|ff_out)/b$", P(None, None, "fsdp")),
+    (r"embedding$", P("tensor", "fsdp")),
+    (r"head$", P("fsdp", "tensor")),
+    (r".*", P()),
+)
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
+    """A ('data', 'fsdp', 'tensor') mesh over all devices; one size may be -1, "the rest".
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    sizes, count = [data, fsdp, tensor], jax.device_count()
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes) or count % known:
+        raise ValueError(_mesh_error(sizes, count))
+    sizes = [count // known if s == -1 else s for s in sizes]
+    if int(np.prod(sizes)) != count:
+        raise ValueError(_mesh_error(sizes, count))
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _mesh_error(sizes: list[int], count: int) -> str:
+    named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    return f"mesh {named} does not cover the {count} devices: the product must be {count}"
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """`blocks/attn/q_proj/kernel` from a jax key path."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
+    """A NamedSharding for every leaf of `tree` (weights, adapter, or a state that holds them).
+
+    A named axis is dropped where the dimension does not divide by it, and on scalars.
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
+        return NamedSharding(mesh, _fit(spec, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+    if len(spec) > len(shape):
+        return P()
+    axes = [
+        axis if axis is not None and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(spec, shape, strict=False)
+    ]
+    return P(*axes)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the data and fsdp axes."""
+    return NamedSharding(mesh, BATCH)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same everywhere."""
+    return NamedSharding(mesh, P())
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """In how many pieces the batch axis is cut."""
+    return int(mesh.shape["data"] * mesh.shape["fsdp"])

@@ -1,0 +1,183 @@
+"""A resolved config (plain nested dict) -> the objects of a run.
+
+Every section of the config is a dataclass of its room; this file only knows which is which.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dmrl import models, optim, tasks, tokenizer
+from dmrl.diffusion.sampler import Sampling
+from dmrl.programs import Term, make_term
+
+Section = TypeVar("Section")
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStart:
+    """Stage 1: supervised training until the held-out solve rate reaches `target`."""
+
+    steps: int = 0
+    """At most this many; 0 skips the stage."""
+    target: float = 1.0
+    """Stop as soon as the validation `metric`, decoded greedily in `sampling.steps` steps,
+    is at least this."""
+    batch: int = 128
+    evaluate_every: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """When and how held-out splits are decoded."""
+
+    every: int = 50
+    """Outer steps between validations; 0: only before and after."""
+    size: int = 256
+    """Examples per validation."""
+    steps: tuple[int, ...] = ()
+    """Numbers of denoising steps to decode with greedily, beside the run's own settings."""
+    splits: tuple[str, ...] = ("test",)
+    """Decoded whole, once before and once after training."""
+    batch: int = 256
+    trajectories: int = 12
+    """Completions of each split that the report shows step by step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """The outer loop of stage 2."""
+
+    steps: int
+    """Outer steps: one rollout and `num_iterations` updates each."""
+    prompts_per_step: int
+    num_generations: int
+    """Completions per prompt (the group)."""
+    num_iterations: int = 1
+    """mu: inner updates on one rollout."""
+    microbatches: int = 1
+    """Pieces over which a gradient is accumulated."""
+    rollout_chunks: int = 1
+    """Pieces in which a rollout runs, so that rewards of one overlap sampling of the next."""
+    checkpoint_every: int = 50
+    checkpoints_kept: int = 2
+    completions_every: int = 50
+    """Outer steps between samples of completions written to completions.jsonl."""
+
+    def __post_init__(self) -> None:
+        if self.prompts_per_step % self.rollout_chunks:
+            raise ValueError(
+                f"rollout_chunks={self.rollout_chunks} does not divide {self.prompts_per_step=}"
+            )
+        if self.num_generations < 2:
+            raise ValueError(f"num_generations={self.num_generations}: a group needs at least 2")
+        rows = self.prompts_per_step * self.num_generations
+        if rows % self.microbatches:
+            raise ValueError(f"microbatches={self.microbatches} does not divide {rows} completions")
+
+
+class Recipe(typing.NamedTuple):
+    """All that a run needs, validated."""
+
+    seed: int
+    task: tasks.Task
+    tokenizer: Any
+    model: models.Config
+    init_from: str
+    max_prompt_length: int
+    sampling: Sampling
+    terms: tuple[Term, ...]
+    optimizer: optim.Optimizer
+    loop: Loop
+    warm_start: WarmStart
+    warm_optimizer: optim.Optimizer
+    evaluation: Evaluation
+    mesh: Mapping[str, int]
+    metrics: tuple[str, ...]
+
+
+def build(config: Mapping[str, Any]) -> Recipe:
+    """Builds and checks everything before anything is computed.
+
+    Raises:
+      ValueError: naming the offending key or value and what would be right.
+    """
+    task_options = dict(config["task"])
+    task = tasks.load(task_options.pop("name"), **_tuples(task_options))
+    tok, model = _tokenizer_and_model(config, task)
+    terms = []
+    for name, options in config["terms"].items():
+        options = dict(options)
+        terms.append(make_term(name, float(options.pop("weight")), options))
+    terms = [t for t in terms if t.weight]
+    if not terms:
+        raise ValueError("the objective has no term with a weight other than 0")
+    return Recipe(
+        seed=config["seed"],
+        task=task,
+        tokenizer=tok,
+        model=model,
+        init_from=config["model"]["init_from"],
+        max_prompt_length=config["max_prompt_length"],
+        sampling=section(Sampling, config["sampling"], "sampling"),
+        terms=tuple(terms),
+        optimizer=section(optim.Optimizer, config["optimizer"], "optimizer"),
+        loop=section(Loop, config, "", partial=True),
+        warm_start=section(WarmStart, config["warm_start"], "warm_start", partial=True),
+        warm_optimizer=section(
+            optim.Optimizer, config["warm_start"]["optimizer"], "warm_start.optimizer"
+        ),
+        evaluation=section(Evaluation, config["evaluation"], "evaluation"),
+        mesh=dict(config["mesh"]),
+        metrics=tuple(config["metrics"]),
+    )
+
+
+def section(
+    cls: type[Section], values: Mapping[str, Any], where: str, partial: bool = False
+) -> Section:
+    """`cls(**values)`; `partial` ignores keys that belong to others.
+
+    Raises:
+      ValueError: a key that `cls` does not have, with the nearest one.
+    """
+    names = [f.name for f in dataclasses.fields(typing.cast(Any, cls))]
+    for key in values:
+        if key not in names and not partial:
+            close = difflib.get_close_matches(key, names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(names)}"
+            raise ValueError(f"no option {where}.{key}{hint}")
+    return cls(**_tuples({k: v for k, v in values.items() if k in names}))
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def _tokenizer_and_model(config: Mapping[str, Any], task: tasks.Task) -> tuple[Any, models.Config]:
+    """The tokenizer, and the model's shape; a character model takes its vocabulary from it."""
+    values = dict(config["model"])
+    init_from = values.pop("init_from")
+    if config["tokenizer"] == "characters":
+        tok = tokenizer.characters(task.alphabet)
+        values |= {
+            "vocab_size": len(tok),
+            "mask_token_id": tok.mask_token_id,
+            "eos_token_id": tok.eos_token_id,
+        }
+    elif config["tokenizer"]:
+        tok = tokenizer.load(config["tokenizer"])
+    else:
+        tok = tokenizer.load(init_from) if init_from else None
+    model = section(models.Config, values, "model")
+    if init_from and not Path(init_from).exists() and "://" not in init_from:
+        raise ValueError(f"model.init_from={init_from!r} does not exist")
+    if not model.lora_rank and model.param_dtype != "float32":
+        raise ValueError(
+            f"without an adapter all weights are trained and need model.param_dtype='float32', "
+            f"not {model.param_dtype!r} (compute may stay model.dtype='bfloat16')"
+        )
+    return tok, model

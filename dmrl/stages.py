@@ -1,0 +1,360 @@
+"""What one outer step does: stage 1 (supervised warm start) and stage 2 (reinforcement)."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from dmrl import data, evaluate, optim, parallel, tokenizer
+from dmrl.diffusion.sampler import Sampling
+from dmrl.programs import Programs, Term, TrainState, make_term
+from dmrl.recipe import Recipe
+from dmrl.types import TEMPLATE, Probe, Rollout
+
+
+class StepResult(NamedTuple):
+    """What a step leaves for the loop to write down."""
+
+    state: TrainState
+    values: dict[str, float]
+    completions: list[dict[str, Any]]
+
+
+class Stage(Protocol):
+    """A stage as the loop sees it."""
+
+    name: str
+    steps: int
+    batches: Any
+    """A resumable grain iterator over example indices."""
+
+    def init(self) -> TrainState:
+        """The state before the first step."""
+
+    def step(self, state: TrainState, number: int, index: np.ndarray, key: jax.Array) -> StepResult:
+        """One outer step. `state` is donated."""
+
+    def evaluate(self, state: TrainState, number: int) -> "Evaluated | None":
+        """Held-out measurements due after `number` steps; None if none is due."""
+
+
+class Evaluated(NamedTuple):
+    """Measurements of one moment, example trajectories, and whether the stage is finished."""
+
+    values: dict[str, float]
+    trajectories: list[Mapping[str, Any]]
+    done: bool = False
+
+
+class Held:
+    """Decodes held-out splits with a set of samplings; compiles each once."""
+
+    def __init__(self, recipe: Recipe, mesh: Any, frozen: Any) -> None:
+        self.recipe, self.frozen = recipe, frozen
+        own, settings = recipe.sampling, [recipe.sampling]
+        for steps in recipe.evaluation.steps:
+            settings.append(Sampling(own.length, steps, own.block_length))
+        self.samplers = {
+            evaluate.setting_name(s): Programs(
+                recipe.model, (), s, optim.make(recipe.optimizer, 1), mesh
+            )
+            for s in settings
+        }
+        shards = parallel.batch_shards(mesh)
+        self.batch = -(-recipe.evaluation.batch // shards) * shards
+        self.key = jax.random.fold_in(jax.random.key(recipe.seed), 10)
+        self._splits: dict[str, data.Prompts] = {}
+
+    def prompts(self, split: str) -> data.Prompts:
+        """A tokenized split, kept."""
+        if split not in self._splits:
+            r = self.recipe
+            self._splits[split] = data.tokenize(
+                r.task,
+                r.tokenizer,
+                split,
+                r.max_prompt_length,
+                r.sampling.length,
+                r.model.mask_token_id,
+            )
+        return self._splits[split]
+
+    def measure(
+        self,
+        trainable: Any,
+        split: str,
+        settings: Sequence[str],
+        size: int | None = None,
+        when: str = "",
+    ) -> Evaluated:
+        """Scores of a split's first `size` examples under each setting."""
+        r, prompts = self.recipe, self.prompts(split)
+        if size is not None and size < len(prompts.examples):
+            prompts = data.Prompts(prompts.examples[:size], *(x[:size] for x in prompts[1:]))
+        values: dict[str, float] = {}
+        rows: list[Mapping[str, Any]] = []
+        for name in settings:
+            programs = self.samplers[name]
+            decoded = evaluate.decode(
+                programs, trainable, self.frozen, prompts, r.task, r.tokenizer, self.batch, self.key
+            )
+            values |= {f"eval/{split}/{name}/{k}": v for k, v in evaluate.metrics(decoded)}
+            if when:
+                assert programs.sampling is not None
+                rows += evaluate.trajectories(
+                    decoded,
+                    prompts,
+                    r.task,
+                    r.tokenizer,
+                    programs.sampling,
+                    when,
+                    r.evaluation.trajectories,
+                )
+        return Evaluated(values, rows)
+
+
+class WarmStart:
+    """Stage 1: masked-diffusion SFT on the task's own reference completions."""
+
+    name = "warm_start"
+
+    def __init__(self, recipe: Recipe, mesh: Any, held: Held, initial: Any) -> None:
+        self.recipe, self.held, self.initial = recipe, held, initial
+        self.steps = recipe.warm_start.steps
+        self.train = held.prompts("train")
+        self.targets = data.answers(
+            recipe.task, recipe.tokenizer, self.train, recipe.model.eos_token_id
+        )
+        self.batches = data.batches(len(self.targets), recipe.warm_start.batch, recipe.seed)
+        self.programs = Programs(
+            recipe.model,
+            (make_term("sft", 1.0, {}),),
+            None,
+            optim.make(recipe.warm_optimizer, self.steps),
+            mesh,
+        )
+        own = recipe.sampling
+        greedy = Sampling(own.length, own.steps, own.block_length)
+        self.setting = evaluate.setting_name(greedy)
+
+    def init(self) -> TrainState:
+        """From the fresh weights."""
+        return self.programs.init_state(self.initial)
+
+    def step(self, state: TrainState, number: int, index: np.ndarray, key: jax.Array) -> StepResult:
+        """One supervised update."""
+        del number
+        start = time.perf_counter()
+        template = self.train.template[index]
+        rows = np.arange(len(index), dtype=np.int32)
+        zeros = np.zeros(template.shape, np.float32)
+        free = template == self.recipe.model.mask_token_id
+        example = Rollout(
+            prompt=self.train.prompt[index],
+            prompt_valid=self.train.prompt_valid[index],
+            tokens=self.targets[index],
+            reveal_step=np.where(free, 0, TEMPLATE).astype(np.int32),
+            log_prob=zeros,
+            entropy=zeros,
+            row=rows,
+            group=rows,
+            length=np.full(len(index), template.shape[1], np.int32),
+        )
+        example = jax.device_put(example, parallel.batch_sharding(self.programs.mesh))
+        state, metrics = self.programs.update(state, self.held.frozen, [example], [(None,)], key)
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        seconds = time.perf_counter() - start
+        return StepResult(state, values | {"time/update": seconds, "step_time": seconds}, [])
+
+    def evaluate(self, state: TrainState, number: int) -> Evaluated | None:
+        """Validation every so often; done when the solve rate reaches the target."""
+        settings = self.recipe.warm_start
+        if not number or (number % settings.evaluate_every and number < self.steps):
+            return None
+        size = self.recipe.evaluation.size
+        found = self.held.measure(state.trainable, "validation", [self.setting], size)
+        rate = found.values[f"eval/validation/{self.setting}/solved"]
+        return found._replace(done=rate >= settings.target)
+
+
+class Reinforce:
+    """Stage 2: rollouts, rewards on the host, mu inner updates."""
+
+    name = "rl"
+
+    def __init__(self, recipe: Recipe, mesh: Any, held: Held, initial: Any) -> None:
+        self.recipe, self.held, self.initial = recipe, held, initial
+        loop = recipe.loop
+        self.steps = loop.steps
+        self.train = held.prompts("train")
+        self.batches = data.batches(len(self.train.examples), loop.prompts_per_step, recipe.seed)
+        self.optimizer = optim.make(recipe.optimizer, loop.steps * loop.num_iterations)
+        self.programs = Programs(
+            recipe.model,
+            recipe.terms,
+            recipe.sampling,
+            self.optimizer,
+            mesh,
+            loop.num_generations,
+            loop.num_iterations,
+            loop.microbatches,
+        )
+        self.schedule = optim.learning_rate(recipe.optimizer, loop.steps * loop.num_iterations)
+
+    def init(self) -> TrainState:
+        """From the warm-started (or converted) weights."""
+        return self.programs.init_state(self.initial)
+
+    def step(self, state: TrainState, number: int, index: np.ndarray, key: jax.Array) -> StepResult:
+        """Sample in chunks, score each while the next is sampled, update."""
+        start, size = time.perf_counter(), self.recipe.loop.num_generations
+        chunks = np.split(index, self.recipe.loop.rollout_chunks)
+        launched, first_row = [], 0
+        for chunk in chunks:
+            prompts = tuple(x[chunk] for x in self.train[1:])
+            launched.append(
+                self.programs.rollout(state.trainable, self.held.frozen, prompts, first_row, key)
+            )
+            first_row += len(chunk) * size
+        scored, waited, rewarding = [], 0.0, 0.0
+        for chunk, (rollout, probes) in zip(chunks, launched, strict=True):
+            clock = time.perf_counter()
+            jax.block_until_ready((rollout, probes))
+            waited += time.perf_counter() - clock
+            clock = time.perf_counter()
+            examples = [self.train.examples[i] for i in np.repeat(chunk, size)]
+            scored.append(self._score(examples, rollout, probes))
+            rewarding += time.perf_counter() - clock
+        before_update = time.perf_counter()
+        state, metrics = self.programs.update(
+            state, self.held.frozen, [s.rollout for s in scored], [s.probes for s in scored], key
+        )
+        values = self._values(scored)  # on the host, while the device updates
+        values |= {k: float(v) for k, v in jax.device_get(metrics).items()}
+        end = time.perf_counter()
+        values |= {
+            "learning_rate": float(self.schedule(number * self.recipe.loop.num_iterations)),
+            "time/rollout": waited,
+            "time/reward": rewarding,
+            "time/update": end - before_update,
+            "step_time": end - start,
+            "tokens_per_s": values["num_tokens"] / (end - start),
+        }
+        return StepResult(state, values, self._completions(number, scored))
+
+    def evaluate(self, state: TrainState, number: int) -> Evaluated | None:
+        """Validation every so often; all splits and settings before and after training."""
+        setting, last = self.recipe.evaluation, number == self.steps
+        names = list(self.held.samplers)
+        if number and not last:
+            if not setting.every or number % setting.every:
+                return None
+            return self.held.measure(state.trainable, "validation", names, setting.size)
+        values, rows = {}, []
+        for split in ("validation", *setting.splits):
+            when = "after" if last else "before"
+            size = setting.size if split == "validation" else None
+            found = self.held.measure(state.trainable, split, names, size, when)
+            values |= found.values
+            rows += found.trajectories
+        return Evaluated(values, rows, done=last)
+
+    def _score(
+        self, examples: Sequence[Any], rollout: Rollout, probes: Sequence[Probe | None]
+    ) -> "Scored":
+        """Terminal rewards of the completions and of every probe filling, in one trip."""
+        parts, texts = self._rewards(examples, np.asarray(rollout.tokens))
+        reward = np.array([p["reward"] for p in parts], np.float32)
+        filled = []
+        for probe in probes:
+            if probe is not None:
+                fills = np.asarray(probe.fills)
+                copies = fills.shape[1] * fills.shape[2]
+                repeated = [e for e in examples for _ in range(copies)]
+                fill_parts, _ = self._rewards(repeated, fills.reshape(-1, fills.shape[-1]))
+                rewards = np.array([p["reward"] for p in fill_parts], np.float32)
+                probe = probe._replace(reward=self._put(rewards.reshape(fills.shape[:3])))
+            filled.append(probe)
+        return Scored(
+            rollout._replace(reward=self._put(reward)), tuple(filled), parts, texts, examples
+        )
+
+    def _rewards(
+        self, examples: Sequence[Any], tokens: np.ndarray
+    ) -> tuple[list[dict[str, float]], list[str]]:
+        model = self.recipe.model
+        texts = tokenizer.decode(
+            self.recipe.tokenizer, tokens, model.mask_token_id, model.eos_token_id
+        )
+        score = self.recipe.task.score
+        return [score(e, t) for e, t in zip(examples, texts, strict=True)], texts
+
+    def _put(self, x: np.ndarray) -> jax.Array:
+        return jax.device_put(x, parallel.batch_sharding(self.programs.mesh))
+
+    def _values(self, scored: Sequence["Scored"]) -> dict[str, float]:
+        """TRL's names for what the rollout showed."""
+        rollout = jax.tree.map(
+            lambda *xs: np.concatenate([np.asarray(x) for x in xs]), *(s.rollout for s in scored)
+        )
+        parts = [p for s in scored for p in s.parts]
+        sampled = rollout.reveal_step >= 0
+        values = {
+            f"rewards/{name}/mean": float(np.mean([p[name] for p in parts]))
+            for name in parts[0]
+            if name != "reward"
+        }
+        groups = rollout.reward.reshape(-1, self.recipe.loop.num_generations)
+        values |= _spread("", groups) | {
+            "entropy": float(np.mean(rollout.entropy[sampled])) if sampled.any() else 0.0,
+            "completions/mean_length": float(np.mean(rollout.length)),
+            "num_tokens": float(np.sum(sampled)),
+        }
+        for i, term in enumerate(self.recipe.terms):
+            rewards = [np.asarray(s.probes[i].reward) for s in scored if s.probes[i] is not None]
+            if rewards:
+                siblings = np.concatenate(rewards).reshape(-1, rewards[0].shape[-1])
+                values |= _spread(f"{term.name}/step_", siblings)
+        return values
+
+    def _completions(self, number: int, scored: Sequence["Scored"]) -> list[dict[str, Any]]:
+        every = self.recipe.loop.completions_every
+        if not every or (number + 1) % every:
+            return []
+        return [
+            {
+                "step": number + 1,
+                "prompt": self.recipe.task.prompt(example),
+                "template": self.recipe.task.template(example),
+                "completion": text,
+                **parts,
+            }
+            for s in scored
+            for example, text, parts in zip(s.examples, s.texts, s.parts, strict=True)
+        ]
+
+
+class Scored(NamedTuple):
+    """A chunk of a rollout with its rewards, and what the host read in it."""
+
+    rollout: Rollout
+    probes: tuple[Probe | None, ...]
+    parts: list[dict[str, float]]
+    texts: list[str]
+    examples: Sequence[Any]
+
+
+def _spread(prefix: str, groups: np.ndarray) -> dict[str, float]:
+    """Mean reward, mean within-group std, and the share of groups without a signal."""
+    std = groups.std(axis=1)
+    zero = f"{prefix.removesuffix('step_')}frac_reward_zero_std"
+    return {
+        f"{prefix}reward": float(groups.mean()),
+        f"{prefix}reward_std": float(std.mean()),
+        zero: float(np.mean(std == 0)),
+    }
+
+
+__all__ = ["Evaluated", "Held", "Reinforce", "Stage", "StepResult", "Term", "WarmStart"]

@@ -1,0 +1,277 @@
+"""The outer loop: resume, checkpoints, signals, metrics. What a step does is in `stages`."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import math
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dmrl import models, parallel, report, stages
+from dmrl.checkpoint import Checkpoints
+from dmrl.console import Console
+from dmrl.metrics import Lines, Metrics
+from dmrl.programs import TrainState, needs_reference
+from dmrl.recipe import Recipe
+
+FILES = ("metrics.jsonl", "completions.jsonl", "trajectories.jsonl")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
+
+
+class NotFiniteError(RuntimeError):
+    """A loss or a gradient stopped being a number."""
+
+
+def describe(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Writes config.json: the resolved config, git hash, package versions and device.
+
+    Raises:
+      ValueError: the workdir belongs to a run with another config.
+    """
+    path = workdir / "config.json"
+    config = json.loads(json.dumps(config))
+    if path.exists():
+        _refuse_other(path, json.loads(path.read_text())["config"], config)
+    device = jax.devices()[0]
+    path.write_text(
+        json.dumps(
+            {
+                "config": config,
+                "git": _git_hash(),
+                "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+                "device": f"{device.device_kind} x{jax.device_count()}",
+            },
+            indent=1,
+        )
+    )
+
+
+def _refuse_other(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    old_flat, new_flat = _flat(old), _flat(new)
+    for key in sorted(old_flat.keys() | new_flat.keys()):
+        if old_flat.get(key) != new_flat.get(key):
+            raise ValueError(
+                f"{path.parent} holds a run with {key}={old_flat.get(key)}, this one has "
+                f"{new_flat.get(key)}: choose another --workdir, or the old value to resume"
+            )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return out
+
+
+def _git_hash() -> str | None:
+    """Commit of the source tree, with `+` if it has uncommitted changes."""
+    root = Path(__file__).resolve().parent.parent
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        run = {"cwd": root, "capture_output": True, "text": True, "check": True}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
+        dirty = subprocess.run(["git", "status", "--porcelain"], **run).stdout.strip()
+        return commit + ("+" if dirty else "")
+    return None
+
+
+def initial_weights(recipe: Recipe, mesh: Any) -> tuple[Any, Any]:
+    """(trainable, frozen) before any stage: converted weights, or fresh ones from the seed."""
+    cfg, key = recipe.model, jax.random.fold_in(jax.random.key(recipe.seed), 0)
+
+    def fresh() -> Any:
+        return models.init(cfg, key)
+
+    layout = parallel.shardings(mesh, jax.eval_shape(fresh))
+    if recipe.init_from:
+        from dmrl.models import convert
+
+        params = convert.load_weights(recipe.init_from, layout["params"])[1]
+        params = jax.tree.map(lambda x: x.astype(cfg.param_dtype), params)
+        if not cfg.lora_rank:
+            return params, None
+        lora = jax.jit(lambda: fresh()["lora"], out_shardings=layout["lora"])()
+        return lora, params
+    with jax.set_mesh(mesh):
+        variables = jax.jit(fresh, out_shardings=layout)()
+    if cfg.lora_rank:
+        return variables["lora"], variables["params"]
+    return variables["params"], None
+
+
+def train(recipe: Recipe, workdir: Path, config: Mapping[str, Any]) -> dict[str, float]:
+    """Runs or resumes both stages; returns the final evaluation.
+
+    The workdir decides: what it already holds is not done again, and an interrupted run
+    continues bit for bit from its last checkpoint.
+
+    Raises:
+      ValueError: the workdir belongs to another config.
+      NotFiniteError: loss or gradient became NaN or Inf; the last good checkpoint is kept.
+      CheckpointError: a checkpoint could not be written, or none could be read.
+      SystemExit: 0 after SIGTERM, with a checkpoint written.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    describe(workdir, config)
+    mesh = parallel.make_mesh(**recipe.mesh)
+    trainable, frozen = initial_weights(recipe, mesh)
+    held = stages.Held(recipe, mesh, frozen)
+    loop = Loop(recipe, workdir)
+    if recipe.warm_start.steps:
+        warm = stages.WarmStart(recipe, mesh, held, trainable)
+        trainable = loop.run(warm, last=False).trainable
+    if not recipe.model.lora_rank and needs_reference(recipe.terms):
+        frozen = held.frozen = jax.tree.map(jax.numpy.copy, trainable)
+    loop.run(stages.Reinforce(recipe, mesh, held, trainable), last=True)
+    return loop.final
+
+
+class Loop:
+    """Runs a stage from wherever its checkpoints left it."""
+
+    def __init__(self, recipe: Recipe, workdir: Path) -> None:
+        self.recipe, self.workdir = recipe, workdir
+        self.writer = jax.process_index() == 0
+        self.metrics = Metrics(workdir, recipe.metrics, workdir.name, self.writer)
+        self.lines = {name: Lines(workdir / name, self.writer) for name in FILES}
+        self.console = Console(active=self.writer)
+        self.final: dict[str, float] = {}
+
+    def run(self, stage: stages.Stage, last: bool) -> TrainState:
+        """All remaining steps of `stage`; files are cut back to the checkpoint resumed from.
+
+        `last` is False for a stage that others follow: its files are cut only while no later
+        stage has written a checkpoint.
+        """
+        checkpoints = Checkpoints(
+            self.workdir / "checkpoints" / stage.name, self.recipe.loop.checkpoints_kept
+        )
+        with contextlib.closing(checkpoints), _terminated() as stopping:
+            run = _StageRun(self, stage, checkpoints, stopping)
+            run.restore(cut=last or not self._later_checkpoints(stage.name))
+            return run.finish()
+
+    def _later_checkpoints(self, name: str) -> bool:
+        folder = self.workdir / "checkpoints"
+        return any(any(d.iterdir()) for d in folder.glob("*") if d.is_dir() and d.name != name)
+
+
+@dataclasses.dataclass
+class _StageRun:
+    """One stage on its way: state, step number, data position."""
+
+    loop: Loop
+    stage: stages.Stage
+    checkpoints: Checkpoints
+    stopping: Any
+
+    def restore(self, cut: bool) -> None:
+        """The newest checkpoint that loads, or the stage's beginning."""
+        order = {"warm_start": 1, "rl": 2}[self.stage.name]
+        self.key = jax.random.fold_in(jax.random.key(self.loop.recipe.seed), order)
+        self.state, self.number, self.done = self.stage.init(), 0, False
+        found = self.checkpoints.restore(self.state)
+        if found is None:
+            return
+        self.number, self.state, host = found
+        self.key = jax.random.wrap_key_data(np.array(host["key"], np.uint32))
+        self.done = host["done"]
+        self.loop.final = host["final"]
+        self.stage.batches.set_state(host["batches"])
+        if cut:
+            for name, size in host["files"].items():
+                self.loop.lines[name].cut(size)
+        self.loop.console.note(f"{self.stage.name}: resumed after step {self.number}")
+
+    def save(self) -> None:
+        """One atomic checkpoint of everything a resumed run needs."""
+        host = {
+            "key": np.asarray(jax.random.key_data(self.key)).tolist(),
+            "done": self.done,
+            "final": self.loop.final,
+            "batches": self.stage.batches.get_state(),
+            "files": {name: lines.size() for name, lines in self.loop.lines.items()},
+        }
+        self.checkpoints.save(self.number, self.state, host)
+        if self.loop.writer:
+            report.write(self.loop.workdir)
+
+    def finish(self) -> TrainState:
+        """Steps until the stage is done; evaluates and saves on the way."""
+        stage, loop = self.stage, self.loop
+        if not self.done and self.number == 0:
+            self._evaluate()
+        clock, every = time.perf_counter(), loop.recipe.loop.checkpoint_every
+        while not self.done:
+            index = np.asarray(next(stage.batches))
+            key = jax.random.fold_in(self.key, self.number)
+            result = stage.step(self.state, self.number, index, key)
+            self.state, self.number = result.state, self.number + 1
+            _check_finite(stage.name, self.number, result.values)
+            now = time.perf_counter()
+            loop.metrics.write(self.number, stage.name, result.values)
+            for row in result.completions:
+                loop.lines["completions.jsonl"].append(row)
+            loop.console.step(stage.name, self.number, stage.steps, result.values, now - clock)
+            clock = now
+            self._evaluate()
+            self.done = self.done or self.number >= stage.steps
+            if self.done or self.stopping() or (every and self.number % every == 0):
+                self.save()
+            if self.stopping() and not self.done:
+                loop.console.note(
+                    f"{stage.name}: stopped by SIGTERM after step {self.number}, saved"
+                )
+                raise SystemExit(0)
+        return self.state
+
+    def _evaluate(self) -> None:
+        found = self.stage.evaluate(self.state, self.number)
+        if found is None:
+            return
+        loop = self.loop
+        loop.metrics.write(self.number, self.stage.name, found.values)
+        for row in found.trajectories:
+            loop.lines["trajectories.jsonl"].append(row)
+        loop.console.evaluated(self.stage.name, self.number, found.values)
+        self.done = found.done
+        loop.final = found.values
+
+
+def _check_finite(stage: str, step: int, values: Mapping[str, float]) -> None:
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values[name]):
+            raise NotFiniteError(f"{stage} step {step}: {name} is {values[name]}")
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[Any]:
+    """Yields a function that says whether SIGTERM has arrived since."""
+    arrived: list[int] = []
+    old = signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
+    try:
+        yield lambda: bool(arrived)
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def before_after(workdir: Path) -> Sequence[tuple[str, float, float]]:
+    """(metric, before, after) of stage 2 from metrics.jsonl: its first and last evaluation."""
+    first: dict[str, float] = {}
+    final: dict[str, float] = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["stage"] == "rl":
+            values = {k: v for k, v in row.items() if k.startswith("eval/")}
+            first = {**values, **first}
+            final |= values
+    return [(name, first[name], final[name]) for name in first]

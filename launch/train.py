@@ -1,0 +1,53 @@
+"""Train: python launch/train.py --config=configs/sudoku_dispo.py [--workdir=DIR] [--config.KEY=V]
+
+The same command again resumes. See README.md and docs/.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# This folder's evaluate.py must not shadow the library of that name; the clone itself may run.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
+sys.path.insert(0, str(ROOT))
+
+from absl import app, flags  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, e.g. configs/sudoku_dispo.py")
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/RECIPE-PRESET")
+flags.mark_flag_as_required("config")
+
+
+def main(argv: list[str]) -> None:
+    """Builds the recipe, then calls the trainer."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}: options start with --config.")
+    from dmrl import console, recipe, trainer
+
+    config = CONFIG.value.to_dict()
+    try:
+        made = recipe.build(config)
+        if config["dry_run"]:
+            from dmrl import cost
+
+            print(CONFIG.value)
+            print(cost.dry_run(made))
+            return
+        workdir = Path(WORKDIR.value or default_workdir())
+        print(f"workdir {workdir}", flush=True)
+        trainer.train(made, workdir, config)
+    except (ValueError, trainer.NotFiniteError, trainer.CheckpointError) as error:
+        sys.exit(f"error: {error}")
+    console.Console().table("Held-out, before and after training", trainer.before_after(workdir))
+    print(f"report {workdir / 'report.html'}")
+
+
+def default_workdir() -> Path:
+    """runs/RECIPE or runs/RECIPE-PRESET, beside the clone's files."""
+    path, _, preset = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    return Path("runs") / "-".join(filter(None, [Path(path).stem, preset]))
+
+
+if __name__ == "__main__":
+    app.run(main)

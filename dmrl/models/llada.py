@@ -98,7 +98,7 @@ class RMSNorm(nn.Module):
         )
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.cfg.rms_norm_eps)
-        return jnp.expand_dims(scale, range(x.ndim - 1)) * y.astype(x.dtype)
+        return jnp.expand_dims(scale.astype(x.dtype), range(x.ndim - 1)) * y.astype(x.dtype)
 
 
 class Linear(nn.Module):

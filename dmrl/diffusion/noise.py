@@ -4,21 +4,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dmrl.types import PRNGKey
+from dmrl.types import PRNGKey, RowKeys
 
 
-def row_keys(key: PRNGKey, row: Int[Array, " b"]) -> PRNGKey:
+def row_keys(key: PRNGKey, row: Int[Array, " b"]) -> RowKeys:
     """One key a row, a function of (key, row) alone."""
     return jax.vmap(lambda r: jax.random.fold_in(key, r))(row)
 
 
-def fold_in(keys: PRNGKey, value: int | jax.Array) -> PRNGKey:
+def fold_in(keys: RowKeys, value: int | jax.Array) -> RowKeys:
     """Folds one value into a vector of keys."""
     return jax.vmap(lambda k: jax.random.fold_in(k, value))(keys)
 
 
 def perturb(
-    keys: PRNGKey, logits: Float[Array, "b l v"], temperature: float
+    keys: RowKeys, logits: Float[Array, "b l v"], temperature: float
 ) -> Float[Array, "b l v"]:
     """logits + T * Gumbel in float32: its argmax is a sample of softmax(logits / T)."""
     if temperature == 0:

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dmrl.types import PRNGKey
+from dmrl.types import RowKeys
 
 
 def low_confidence(
-    log_p: Float[Array, "b l v"], token_log_p: Float[Array, "b l"], keys: PRNGKey
+    log_p: Float[Array, "b l v"], token_log_p: Float[Array, "b l"], keys: RowKeys
 ) -> Float[Array, "b l"]:
     """Score of a position: log-probability of its proposed token at temperature 1.
 
@@ -21,7 +21,7 @@ def low_confidence(
 
 
 def random(
-    log_p: Float[Array, "b l v"], token_log_p: Float[Array, "b l"], keys: PRNGKey
+    log_p: Float[Array, "b l v"], token_log_p: Float[Array, "b l"], keys: RowKeys
 ) -> Float[Array, "b l"]:
     """Score of a position: uniform noise, keyed by row."""
     del log_p

@@ -1,0 +1,28 @@
+"""What every test shares: CPU, strict shapes, run-time checked annotations, data folders."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Before any test imports dmrl: every annotation of ours is then checked at every call.
+jaxtyping.install_import_hook(["dmrl"], "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Numbers recorded from the authors' code: a small set here, all of it in $DMRL_GOLDEN."""
+    return Path(os.environ.get("DMRL_GOLDEN", Path(__file__).parent / "golden"))
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Public data sets and published completions, which the repository does not hold."""
+    if "DMRL_DATA" not in os.environ:
+        pytest.skip("set DMRL_DATA to the folder of public data sets to run this test")
+    return Path(os.environ["DMRL_DATA"])

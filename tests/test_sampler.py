@@ -1,0 +1,318 @@
+"""The sampler: the authors' decoder at temperature 0, its exact law above, its book-keeping."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from scipy.special import softmax
+
+from dmrl import models
+from dmrl.diffusion import exact
+from dmrl.diffusion.order import select_top
+from dmrl.diffusion.probe import state_at, steps_taken
+from dmrl.diffusion.sampler import Sampling, entropy_of, guided, sample
+from dmrl.types import TEMPLATE
+
+
+def draw(denoiser, prompt, template, config, rows=1, key=0, valid=None, row=None):
+    """Completions of one prompt [P] and template [L], `rows` times, or of a batch [B,...]."""
+    if prompt.ndim == 1:
+        prompt = jnp.broadcast_to(prompt, (rows, *prompt.shape))
+    if template.ndim == 1:
+        template = jnp.broadcast_to(template, (prompt.shape[0], *template.shape))
+    row = jnp.arange(prompt.shape[0]) if row is None else row
+    valid = jnp.ones(prompt.shape, bool) if valid is None else valid
+    args = (denoiser, prompt, valid, template, row, jnp.zeros_like(row), jax.random.key(key))
+    return compiled(*args, config)
+
+
+# These programs are small: compiling them takes longer than running them.
+compiled = jax.jit(
+    sample,
+    static_argnames=("denoiser", "config"),
+    compiler_options={"xla_backend_optimization_level": 0},
+)
+
+
+def outcomes(rollout):
+    tokens, steps = rollout.tokens.tolist(), rollout.reveal_step.tolist()
+    return [(tuple(t), tuple(s)) for t, s in zip(tokens, steps, strict=True)]
+
+
+def of_tokens(law):
+    marginal = {}
+    for (tokens, _), p in law.items():
+        marginal[tokens] = marginal.get(tokens, 0.0) + p
+    return marginal
+
+
+@pytest.mark.parametrize("folder", ["tiny_llada", "tiny_llada_gqa"])
+def test_golden_tokens_and_reveal_steps(golden_dir, folder):
+    cfg, params = tiny.llada(golden_dir / folder)
+    recorded = np.load(golden_dir / "sampler.npz")
+    cases = json.loads((golden_dir / "sampler.json").read_text())
+    cases = [case for case in cases if case["model"] == folder]
+    assert len(cases) >= 12
+    for case in cases:
+        name, length = case["name"], case["gen_length"]
+        config = Sampling(length, case["steps"], case["block_length"], cfg_scale=case["cfg_scale"])
+        denoiser = models.bind(cfg, {"params": params}, keep_mask=True)
+        prompt = jnp.asarray(recorded[f"{name}_prompt"])
+        out = draw(denoiser, prompt, jnp.full((length,), cfg.mask_token_id), config)
+        completion = recorded[f"{name}_tokens"][:, prompt.shape[1] :]
+        np.testing.assert_array_equal(out.tokens, completion, err_msg=name)
+        np.testing.assert_array_equal(
+            out.reveal_step, recorded[f"{name}_reveal_step"], err_msg=name
+        )
+
+
+LAWS = {
+    "one-by-one": Sampling(4, 4, 4, 1.0),
+    "two-by-two-cooled": Sampling(4, 2, 4, 0.7),
+    "uneven": Sampling(4, 3, 4, 0.7),
+    "blocks": Sampling(4, 4, 2, 1.0),
+    "blocks-at-once": Sampling(4, 2, 2, 0.7),
+    "guided": Sampling(4, 4, 2, 1.0, cfg_scale=0.8),
+    "guided-cooled": Sampling(4, 2, 4, 0.7, cfg_scale=0.8),
+    "random": Sampling(4, 4, 4, 1.0, "random"),
+    "random-blocks-cooled": Sampling(4, 2, 2, 0.7, "random"),
+    "random-uneven": Sampling(4, 3, 4, 1.0, "random"),
+    "random-guided": Sampling(4, 4, 2, 0.7, "random", cfg_scale=0.8),
+}
+ALL_MASKED = jnp.full((4,), tiny.MASK)
+HALF = jnp.array([tiny.MASK, 1, tiny.MASK, tiny.MASK])
+
+
+@pytest.mark.parametrize("config", LAWS.values(), ids=LAWS.keys())
+def test_samples_follow_the_enumerated_law(config):
+    params, prompt, bind = tiny.perceptron(4)
+    denoiser = bind(params)
+    for template in ALL_MASKED, HALF:
+        law = exact.sampler_law(denoiser, prompt, template, tiny.VOCAB, config)
+        assert sum(law.values()) == pytest.approx(1, abs=1e-9)
+        drawn = outcomes(draw(denoiser, prompt, template, config, rows=20_000))
+        assert tiny.chi_square(drawn, law) > 1e-3
+        assert tiny.chi_square([tokens for tokens, _ in drawn], of_tokens(law)) > 1e-3
+
+
+def test_the_law_test_rejects_a_wrong_law():
+    params, prompt, bind = tiny.perceptron(4)
+    right = LAWS["one-by-one"]
+    drawn = outcomes(draw(bind(params), prompt, ALL_MASKED, right, rows=20_000))
+    drawn = [tokens for tokens, _ in drawn]
+    for change in ({"temperature": 0.9}, {"order": "random"}, {"steps": 2}, {"cfg_scale": 0.1}):
+        wrong = dataclasses.replace(right, **change)
+        law = of_tokens(exact.sampler_law(bind(params), prompt, ALL_MASKED, tiny.VOCAB, wrong))
+        assert tiny.chi_square(drawn, law) < 1e-3, change
+
+
+def test_the_law_of_one_position_is_the_softmax():
+    params, prompt, bind = tiny.perceptron(1)
+    denoiser, template = bind(params), jnp.array([tiny.MASK])
+    tokens = jnp.concatenate([prompt, template])[None]
+    logits = denoiser.logits(denoiser.encode(tokens, jnp.ones(tokens.shape, bool)))[0, -1]
+    law = exact.sampler_law(denoiser, prompt, template, tiny.VOCAB, Sampling(1, 1, 1, 0.7))
+    for token, p in enumerate(softmax(np.asarray(logits[: tiny.MASK]) / 0.7)):
+        assert law[(token,), (0,)] == pytest.approx(p, rel=1e-5)
+
+
+def test_the_law_of_a_greedy_sampler_is_refused():
+    params, prompt, bind = tiny.perceptron(4)
+    with pytest.raises(ValueError, match="temperature=0"):
+        exact.sampler_law(bind(params), prompt, ALL_MASKED, tiny.VOCAB, Sampling(4, 4, 4))
+
+
+@pytest.mark.parametrize("order", ["low_confidence", "random"])
+def test_noise_is_keyed_by_row_alone(order):
+    params, prompt, bind = tiny.perceptron(8)
+    config = Sampling(8, 4, 4, 1.0, order)
+    template = jnp.full((8,), tiny.MASK)
+    denoiser = bind(params)
+    batch = draw(denoiser, prompt, template, config, rows=16)
+    assert len({tuple(row) for row in batch.tokens.tolist()}) > 8
+    for rows in ([5], [5, 0], [15, 3, 5, 9, 1]):
+        part = draw(denoiser, prompt, template, config, len(rows), row=jnp.array(rows))
+        index = jnp.array(rows)
+        np.testing.assert_array_equal(part.tokens, batch.tokens[index])
+        np.testing.assert_array_equal(part.reveal_step, batch.reveal_step[index])
+
+
+def test_another_key_draws_other_tokens():
+    params, prompt, bind = tiny.perceptron(8)
+    config, template = Sampling(8, 4, 4, 1.0), jnp.full((8,), tiny.MASK)
+    denoiser = bind(params)
+    one, two = (draw(denoiser, prompt, template, config, 16, key) for key in (0, 1))
+    assert np.mean(np.asarray(one.tokens) == np.asarray(two.tokens)) < 0.9
+
+
+def test_padding_of_the_prompt_changes_nothing(golden_dir):
+    cfg, params = tiny.llada(golden_dir / "tiny_llada")
+    denoiser = models.bind(cfg, {"params": params})
+    prompt = jnp.arange(12)
+    config, template = Sampling(8, 4, 8, 1.0), jnp.full((8,), cfg.mask_token_id)
+    bare = draw(denoiser, prompt, template, config)
+    padded = jnp.concatenate([jnp.full((5,), 7), prompt])
+    valid = jnp.arange(17)[None] >= 5
+    np.testing.assert_array_equal(
+        draw(denoiser, padded, template, config, valid=valid).tokens, bare.tokens
+    )
+
+
+def test_template_positions_stay_and_are_never_trained():
+    params, prompt, bind = tiny.perceptron(6)
+    template = jnp.array([2, tiny.MASK, 0, tiny.MASK, tiny.MASK, 1])
+    out = draw(bind(params), prompt, template, Sampling(6, 4, 3, 1.0), rows=64)
+    fixed = np.asarray(template) != tiny.MASK
+    assert (np.asarray(out.tokens)[:, fixed] == np.asarray(template)[fixed]).all()
+    assert (np.asarray(out.reveal_step)[:, fixed] == TEMPLATE).all()
+    assert (np.asarray(out.reveal_step)[:, ~fixed] >= 0).all()
+    assert not (np.asarray(out.tokens) == tiny.MASK).any()
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (Sampling(10, 4, 5), [3, 2, 3, 2]),
+        (Sampling(8, 3, 8), [3, 3, 2]),
+        (Sampling(6, 6, 3), [1] * 6),
+        (Sampling(4, 2, 2), [2, 2]),
+    ],
+)
+def test_the_first_steps_of_a_block_take_the_remainder(config, expected):
+    params, prompt, bind = tiny.perceptron(config.length)
+    out = draw(bind(params), prompt, jnp.full((config.length,), tiny.MASK), config, rows=4)
+    for steps in np.asarray(out.reveal_step):
+        assert np.bincount(steps).tolist() == expected
+        assert (np.diff(steps.reshape(config.blocks, -1).max(axis=1)) > 0).all()
+
+
+def watched(denoiser, seen):
+    """The denoiser, appending to `seen` the tokens of every forward pass that really runs."""
+
+    def encode(tokens, valid):
+        jax.debug.callback(lambda t: seen.append(np.asarray(t)), tokens, ordered=True)
+        return denoiser.encode(tokens, valid)
+
+    return denoiser._replace(encode=encode)
+
+
+@pytest.mark.parametrize("order", ["low_confidence", "random"])
+def test_every_state_is_rebuilt_bit_for_bit(order):
+    params, prompt, bind = tiny.perceptron(6)
+    template = jnp.array([tiny.MASK, 1, *[tiny.MASK] * 4])
+    config, seen = Sampling(6, 4, 3, 1.0, order), []
+    out = draw(watched(bind(params), seen), prompt, template, config, rows=16)
+    jax.effects_barrier()
+    steps = jnp.broadcast_to(jnp.arange(config.steps), (16, config.steps))
+    rebuilt = np.asarray(state_at(out, steps, tiny.MASK))
+    assert len(seen) == config.steps
+    for step, tokens in enumerate(seen):
+        np.testing.assert_array_equal(rebuilt[:, step], tokens[:, prompt.shape[0] :])
+    np.testing.assert_array_equal(steps_taken(out), 4)
+    last = state_at(out, jnp.full((16, 1), config.steps), tiny.MASK)
+    np.testing.assert_array_equal(last[:, 0], out.tokens)
+
+
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
+def test_log_prob_and_entropy_are_those_of_the_moment_of_reveal(cfg_scale):
+    params, prompt, bind = tiny.perceptron(6)
+    config = Sampling(6, 4, 3, 0.7, cfg_scale=cfg_scale)
+    out = draw(bind(params), prompt, jnp.full((6,), tiny.MASK), config, rows=32)
+    denoiser = guided(bind(params), cfg_scale, prompt.shape[0]) if cfg_scale else bind(params)
+    log_prob, entropy = np.full((32, 6), np.nan), np.full((32, 6), np.nan)
+    for step in range(config.steps):
+        state = state_at(out, jnp.full((32, 1), step), tiny.MASK)[:, 0]
+        tokens = jnp.concatenate([out.prompt, state], axis=1)
+        hidden = denoiser.encode(tokens, jnp.ones(tokens.shape, bool))[:, prompt.shape[0] :]
+        p = softmax(np.asarray(denoiser.logits(hidden), np.float64)[..., : tiny.MASK], axis=-1)
+        now = np.asarray(out.reveal_step) == step
+        picked = np.take_along_axis(p, np.asarray(out.tokens)[..., None], axis=-1)[..., 0]
+        log_prob[now], entropy[now] = np.log(picked)[now], -(p * np.log(p)).sum(-1)[now]
+    np.testing.assert_allclose(out.log_prob, log_prob, atol=1e-5)
+    np.testing.assert_allclose(out.entropy, entropy, atol=1e-5)
+
+
+def test_impossible_tokens_add_no_entropy():
+    log_p = jnp.log(jnp.array([0.5, 0.5, 0.0]))
+    assert float(entropy_of(log_p)) == pytest.approx(np.log(2))
+
+
+def test_a_batch_with_nothing_left_costs_no_forward():
+    params, prompt, bind = tiny.perceptron(4)
+    seen, template = [], jnp.array([0, 1, 2, 0])
+    out = draw(watched(bind(params), seen), prompt, template, Sampling(4, 4, 2, 1.0), rows=3)
+    jax.effects_barrier()
+    assert seen == []
+    np.testing.assert_array_equal(out.tokens, jnp.broadcast_to(template, (3, 4)))
+    np.testing.assert_array_equal(out.reveal_step, TEMPLATE)
+
+
+def test_steps_after_the_last_reveal_cost_no_forward():
+    params, prompt, bind = tiny.perceptron(4)
+    seen, template = [], jnp.array([tiny.MASK, 1, 2, 0])
+    draw(watched(bind(params), seen), prompt, template, Sampling(4, 4, 2, 1.0), rows=3)
+    jax.effects_barrier()
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
+@pytest.mark.parametrize("cfg_scale", [0.0, 2.0])
+def test_mask_is_never_sampled(temperature, cfg_scale):
+    params, prompt, bind = tiny.perceptron(4)
+    shout = params["head"].at[:, tiny.MASK].set(0).at[:, : tiny.MASK].multiply(1e-3)
+    config = Sampling(4, 2, 4, temperature, cfg_scale=cfg_scale)
+    out = draw(bind(params | {"head": shout}), prompt, ALL_MASKED, config, rows=2000)
+    assert not (np.asarray(out.tokens) == tiny.MASK).any()
+    assert np.isfinite(np.asarray(out.log_prob)).all()
+    assert np.isfinite(np.asarray(out.entropy)).all()
+
+
+def test_length_counts_up_to_and_including_the_first_eos():
+    params, prompt, bind = tiny.perceptron(6, eos=2)
+    config = Sampling(6, 6, 6, 2.0, "random")
+    out = draw(bind(params), prompt, jnp.full((6,), tiny.MASK), config, rows=200)
+    expected = [row.index(2) + 1 if 2 in row else 6 for row in out.tokens.tolist()]
+    assert len(set(expected)) > 3
+    assert out.length.tolist() == expected
+
+
+def test_top_scores_prefer_the_leftmost_and_never_leave_the_candidates():
+    score = jnp.array([[1.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0], [9.0, 1.0, 1.0, 1.0]])
+    candidates = jnp.array([[True] * 4, [True] * 4, [False, True, True, False]])
+    chosen = select_top(score, candidates, jnp.array(2))
+    expected = [[0, 1, 1, 0], [1, 1, 0, 0], [0, 1, 1, 0]]
+    assert chosen.astype(int).tolist() == expected
+    assert int(jnp.sum(select_top(score, candidates, jnp.array(9)))) == 10
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"block_length": 5}, r"block_length=5 does not divide length=12.*\[1, 2, 3, 4, 6, 12\]"),
+        ({"block_length": 0}, "block_length=0"),
+        ({"steps": 5}, r"steps=5 must be a multiple of the 3 block.*3, 6, 9, 12"),
+        ({"steps": 15}, "steps=15"),
+        ({"steps": 0}, "steps=0"),
+        ({"order": "left"}, "order='left': choose one of low_confidence, random"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"cfg_scale": -0.5}, "cfg_scale=-0.5"),
+    ],
+)
+def test_an_impossible_schedule_names_the_possible_ones(values, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**({"length": 12, "steps": 6, "block_length": 4} | values))
+
+
+def test_a_long_list_of_choices_is_shortened():
+    with pytest.raises(ValueError, match=r"choose one of 1, 2, 3, 4, 5, 6, 7, 8, \.\.\. 256"):
+        Sampling(256, 300, 256)
+
+
+def test_a_template_of_another_length_is_refused():
+    params, prompt, bind = tiny.perceptron(4)
+    with pytest.raises(ValueError, match=r"template is 4 long, config\.length=8"):
+        draw(bind(params), prompt, ALL_MASKED, Sampling(8, 8, 8))

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
 
 def clipped(
-    log_ratio: Float[Array, "*n"], advantage: Float[Array, "*n"], epsilon: float | None
+    log_ratio: Float[Array, "*n"], advantage: Float[Array, "*#n"], epsilon: float | None
 ) -> Float[Array, "*n"]:
     """-min(rho A, clip(rho, 1-eps, 1+eps) A), rho = exp(log_ratio); no clip if eps is None."""
     rho = jnp.exp(log_ratio)

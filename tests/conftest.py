@@ -1,6 +1,7 @@
 """What every test shares: CPU, strict shapes, run-time checked annotations, data folders."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -26,3 +27,11 @@ def data_dir() -> Path:
     if "DMRL_DATA" not in os.environ:
         pytest.skip("set DMRL_DATA to the folder of public data sets to run this test")
     return Path(os.environ["DMRL_DATA"])
+
+
+@pytest.fixture(scope="module")
+def quick_compile() -> Iterator[None]:
+    """For modules of many small programs, whose compilation takes longer than their run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

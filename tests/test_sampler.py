@@ -17,6 +17,8 @@ from dmrl.diffusion.probe import state_at, steps_taken
 from dmrl.diffusion.sampler import Sampling, entropy_of, guided, sample
 from dmrl.types import TEMPLATE
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def draw(denoiser, prompt, template, config, rows=1, key=0, valid=None, row=None):
     """Completions of one prompt [P] and template [L], `rows` times, or of a batch [B,...]."""
@@ -30,12 +32,7 @@ def draw(denoiser, prompt, template, config, rows=1, key=0, valid=None, row=None
     return compiled(*args, config)
 
 
-# These programs are small: compiling them takes longer than running them.
-compiled = jax.jit(
-    sample,
-    static_argnames=("denoiser", "config"),
-    compiler_options={"xla_backend_optimization_level": 0},
-)
+compiled = jax.jit(sample, static_argnames=("denoiser", "config"))
 
 
 def outcomes(rollout):
@@ -283,10 +280,10 @@ def test_length_counts_up_to_and_including_the_first_eos():
 def test_top_scores_prefer_the_leftmost_and_never_leave_the_candidates():
     score = jnp.array([[1.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0], [9.0, 1.0, 1.0, 1.0]])
     candidates = jnp.array([[True] * 4, [True] * 4, [False, True, True, False]])
-    chosen = select_top(score, candidates, jnp.array(2))
+    chosen = select_top(score, candidates, jnp.array([2, 2, 2]))
     expected = [[0, 1, 1, 0], [1, 1, 0, 0], [0, 1, 1, 0]]
     assert chosen.astype(int).tolist() == expected
-    assert int(jnp.sum(select_top(score, candidates, jnp.array(9)))) == 10
+    assert int(jnp.sum(select_top(score, candidates, jnp.full((3, 1), 9)))) == 10
 
 
 @pytest.mark.parametrize(

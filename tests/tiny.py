@@ -1,5 +1,6 @@
 """Small models and small helpers that several tests share."""
 
+import functools
 from collections import Counter
 
 import jax
@@ -31,6 +32,7 @@ def llada(folder):
     return cfg, traverse_util.unflatten_dict(flat, sep="/")
 
 
+@functools.cache
 def perceptron(length, prompt=2, seed=0, vocab=VOCAB, mask=MASK, eos=NO_EOS):
     """(parameters, prompt [P], params -> Denoiser) of an enumerable model."""
     params = exact.init(jax.random.key(seed), vocab, prompt + length)

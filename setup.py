@@ -15,6 +15,7 @@ CORE = [
     "ml_collections>=1.1.0",
     "absl-py>=2.1",
     "numpy>=2.0",
+    "tensorstore>=0.1.72",
     "safetensors>=0.6",
     "transformers>=5.0",  # tokenizers only: no modelling code is imported
     "jaxtyping>=0.3.11",

@@ -77,29 +77,32 @@ def trajectories(
     count: int,
 ) -> Iterator[Mapping[str, Any]]:
     """The first `count` completions as the report shows them: one JSON-able row each."""
-    rollout = decoded.rollout
+    rollout, grid = decoded.rollout, task.grid
+    shown = [c for row in grid for c in row] if grid else list(range(rollout.tokens.shape[1]))
     for i in range(min(count, len(decoded.texts))):
         example = prompts.examples[i]
-        tokens = [str(tok.decode([t], skip_special_tokens=True)) for t in rollout.tokens[i]]
-        reveal = np.asarray(rollout.reveal_step[i]).tolist()
-        answer = task.answer(example) if task.template(example) is not None else None
-        correct = [
-            None if step < 0 or answer is None or len(answer) != len(tokens) else token == want
-            for step, token, want in zip(reveal, tokens, answer or tokens, strict=False)
-        ]
+        template, answer = task.template(example), task.answer(example)
+        tokens = [str(tok.decode([t], skip_special_tokens=True)) for t in rollout.tokens[i][shown]]
+        reveal = rollout.reveal_step[i][shown].tolist()
+        wanted: list[str | None] = [None] * len(shown)
+        if template is not None and answer is not None:
+            wanted = [answer[c] for c in shown]
         yield {
             "when": when,
             "setting": setting_name(setting),
             "id": i,
             "prompt": task.prompt(example),
-            "template": task.template(example) or "",
+            "template": "".join(template[c] for c in shown) if template else "",
             "tokens": tokens,
             "reveal_step": reveal,
-            "log_prob": np.round(np.asarray(rollout.log_prob[i]), 4).tolist(),
-            "entropy": np.round(np.asarray(rollout.entropy[i]), 4).tolist(),
+            "log_prob": np.round(rollout.log_prob[i][shown], 4).tolist(),
+            "entropy": np.round(rollout.entropy[i][shown], 4).tolist(),
             "steps": setting.steps,
             "reward": decoded.scores[i]["reward"],
             "metrics": decoded.scores[i],
-            "correct": correct,
-            "grid": list(task.grid) if task.grid else None,
+            "correct": [
+                None if step < 0 or want is None else token == want
+                for step, token, want in zip(reveal, tokens, wanted, strict=True)
+            ],
+            "grid": [len(grid), len(grid[0])] if grid else None,
         }

@@ -40,7 +40,7 @@ def learning_rate(hp: Optimizer, updates: int) -> optax.Schedule:
 
 
 def make(hp: Optimizer, updates: int) -> optax.GradientTransformation:
-    """clip by global norm -> AdamW; all in the weights' own precision, so keep what is trained in float32."""
+    """Clip by global norm, then AdamW, all in the precision of the weights: train float32."""
     return optax.chain(
         optax.clip_by_global_norm(hp.clip_norm),
         optax.adamw(

@@ -50,10 +50,11 @@ def make_term(name: str, weight: float, options: dict[str, Any]) -> Term:
     Raises:
       ValueError: unknown algorithm or option, with the nearest right name.
     """
-    known = [m.name for m in pkgutil.iter_modules(algorithms.__path__)]
-    module = importlib.import_module(f"dmrl.algorithms.{name}") if name in known else None
-    if not hasattr(module, "Hyper"):
+    shared = ("advantage", "surrogate")
+    known = [m.name for m in pkgutil.iter_modules(algorithms.__path__) if m.name not in shared]
+    if name not in known:
         raise ValueError(f"no algorithm {name!r}{_nearest(name, known)}")
+    module: Any = importlib.import_module(f"dmrl.algorithms.{name}")
     fields = [f.name for f in dataclasses.fields(module.Hyper)]
     for option in options:
         if option not in fields:
@@ -132,18 +133,22 @@ class Programs:
 
         def rollout(trainable, frozen, prompts, first_row, key):
             denoiser = self.policy(trainable, frozen)
-            rows = [jnp.repeat(x, size, axis=0) for x in prompts]
-            row = first_row + jnp.arange(rows[0].shape[0], dtype=jnp.int32)
+            prompt, valid, template = (jnp.repeat(x, size, axis=0) for x in prompts)
+            row = first_row + jnp.arange(prompt.shape[0], dtype=jnp.int32)
             draw_key, probe_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-            done = sampler.sample(denoiser, *rows, row, row // size, draw_key, sampling)
-            probes = []
-            for term in self.terms:
-                plan = term.algorithm.probes(done, jax.random.fold_in(probe_key, 0), term.hyper)
-                fill_key = jax.random.fold_in(probe_key, 1)
-                probes.append(plan and probe.fill(denoiser, done, plan, fill_key))
+            done = sampler.sample(
+                denoiser, prompt, valid, template, row, row // size, draw_key, sampling
+            )
+            probes = [self._probe(denoiser, done, term, probe_key) for term in self.terms]
             return done, tuple(probes)
 
         return jax.jit(rollout)
+
+    def _probe(self, denoiser: Denoiser, done: Rollout, term: Term, key: PRNGKey) -> Probe | None:
+        plan = term.algorithm.probes(done, jax.random.fold_in(key, 0), term.hyper)
+        if plan is None:
+            return None
+        return probe.fill(denoiser, done, plan, jax.random.fold_in(key, 1))
 
     @functools.cached_property
     def _update(self) -> Any:
@@ -187,7 +192,7 @@ class Programs:
 
         def objective(trainable, batches):
             bound = Models(self.policy(trainable, frozen), None, reference)
-            total, metrics = jnp.zeros(()), {}
+            total, metrics = jnp.zeros(()), dict[str, jax.Array]()
             for i, (term, batch) in enumerate(zip(self.terms, batches, strict=True)):
                 value, sums = term.algorithm.loss(bound, batch, term.hyper)
                 total += term.weight * value

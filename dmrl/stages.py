@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dmrl import data, evaluate, optim, parallel, tokenizer
 from dmrl.diffusion.sampler import Sampling
-from dmrl.programs import Programs, Term, TrainState, make_term
+from dmrl.programs import Programs, TrainState, make_term
 from dmrl.recipe import Recipe
 from dmrl.types import TEMPLATE, Probe, Rollout
 
@@ -147,26 +148,28 @@ class WarmStart:
         """One supervised update."""
         del number
         start = time.perf_counter()
-        template = self.train.template[index]
-        rows = np.arange(len(index), dtype=np.int32)
-        zeros = np.zeros(template.shape, np.float32)
-        free = template == self.recipe.model.mask_token_id
-        example = Rollout(
-            prompt=self.train.prompt[index],
-            prompt_valid=self.train.prompt_valid[index],
-            tokens=self.targets[index],
-            reveal_step=np.where(free, 0, TEMPLATE).astype(np.int32),
-            log_prob=zeros,
-            entropy=zeros,
-            row=rows,
-            group=rows,
-            length=np.full(len(index), template.shape[1], np.int32),
-        )
-        example = jax.device_put(example, parallel.batch_sharding(self.programs.mesh))
+        example = jax.device_put(self._example(index), parallel.batch_sharding(self.programs.mesh))
         state, metrics = self.programs.update(state, self.held.frozen, [example], [(None,)], key)
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         seconds = time.perf_counter() - start
         return StepResult(state, values | {"time/update": seconds, "step_time": seconds}, [])
+
+    def _example(self, index: np.ndarray) -> Rollout:
+        """Targets as a finished rollout, so that the loss sees what it always sees."""
+        template = self.train.template[index]
+        free = template == self.recipe.model.mask_token_id
+        zeros, rows = jnp.zeros(template.shape), jnp.arange(len(index), dtype=jnp.int32)
+        return Rollout(
+            prompt=jnp.asarray(self.train.prompt[index]),
+            prompt_valid=jnp.asarray(self.train.prompt_valid[index]),
+            tokens=jnp.asarray(self.targets[index]),
+            reveal_step=jnp.where(free, 0, TEMPLATE).astype(jnp.int32),
+            log_prob=zeros,
+            entropy=zeros,
+            row=rows,
+            group=rows,
+            length=jnp.full(len(index), template.shape[1], jnp.int32),
+        )
 
     def evaluate(self, state: TrainState, number: int) -> Evaluated | None:
         """Validation every so often; done when the solve rate reaches the target."""
@@ -252,7 +255,8 @@ class Reinforce:
             if not setting.every or number % setting.every:
                 return None
             return self.held.measure(state.trainable, "validation", names, setting.size)
-        values, rows = {}, []
+        values: dict[str, float] = {}
+        rows: list[Mapping[str, Any]] = []
         for split in ("validation", *setting.splits):
             when = "after" if last else "before"
             size = setting.size if split == "validation" else None
@@ -313,7 +317,8 @@ class Reinforce:
             "num_tokens": float(np.sum(sampled)),
         }
         for i, term in enumerate(self.recipe.terms):
-            rewards = [np.asarray(s.probes[i].reward) for s in scored if s.probes[i] is not None]
+            found = [s.probes[i] for s in scored]
+            rewards = [np.asarray(p.reward) for p in found if p is not None]
             if rewards:
                 siblings = np.concatenate(rewards).reshape(-1, rewards[0].shape[-1])
                 values |= _spread(f"{term.name}/step_", siblings)
@@ -355,6 +360,3 @@ def _spread(prefix: str, groups: np.ndarray) -> dict[str, float]:
         f"{prefix}reward_std": float(std.mean()),
         zero: float(np.mean(std == 0)),
     }
-
-
-__all__ = ["Evaluated", "Held", "Reinforce", "Stage", "StepResult", "Term", "WarmStart"]

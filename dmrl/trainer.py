@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dmrl import models, parallel, report, stages
 from dmrl.checkpoint import Checkpoints
 from dmrl.console import Console
 from dmrl.metrics import Lines, Metrics
+from dmrl.models import weights
 from dmrl.programs import TrainState, needs_reference
 from dmrl.recipe import Recipe
 
@@ -77,9 +79,12 @@ def _git_hash() -> str | None:
     """Commit of the source tree, with `+` if it has uncommitted changes."""
     root = Path(__file__).resolve().parent.parent
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        run = {"cwd": root, "capture_output": True, "text": True, "check": True}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain"], **run).stdout.strip()
+        commit, dirty = (
+            subprocess.run(
+                ["git", "-C", str(root), *command], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
         return commit + ("+" if dirty else "")
     return None
 
@@ -93,9 +98,7 @@ def initial_weights(recipe: Recipe, mesh: Any) -> tuple[Any, Any]:
 
     layout = parallel.shardings(mesh, jax.eval_shape(fresh))
     if recipe.init_from:
-        from dmrl.models import convert
-
-        params = convert.load_weights(recipe.init_from, layout["params"])[1]
+        params = weights.load_weights(recipe.init_from, layout["params"])[1]
         params = jax.tree.map(lambda x: x.astype(cfg.param_dtype), params)
         if not cfg.lora_rank:
             return params, None
@@ -130,7 +133,7 @@ def train(recipe: Recipe, workdir: Path, config: Mapping[str, Any]) -> dict[str,
         warm = stages.WarmStart(recipe, mesh, held, trainable)
         trainable = loop.run(warm, last=False).trainable
     if not recipe.model.lora_rank and needs_reference(recipe.terms):
-        frozen = held.frozen = jax.tree.map(jax.numpy.copy, trainable)
+        frozen = held.frozen = jax.tree.map(jnp.copy, trainable)
     loop.run(stages.Reinforce(recipe, mesh, held, trainable), last=True)
     return loop.final
 
@@ -183,7 +186,7 @@ class _StageRun:
         if found is None:
             return
         self.number, self.state, host = found
-        self.key = jax.random.wrap_key_data(np.array(host["key"], np.uint32))
+        self.key = jax.random.wrap_key_data(jnp.array(host["key"], jnp.uint32))
         self.done = host["done"]
         self.loop.final = host["final"]
         self.stage.batches.set_state(host["batches"])

@@ -89,8 +89,11 @@ def sampler_law(
     log_p, proposal_p = _predictions(denoiser, prompt, states, config)
     index = {state: i for i, state in enumerate(states)}
     law = {(start, tuple(config.steps if x == mask else TEMPLATE for x in start)): 1.0}
-    for step, count in enumerate(config.reveals() * config.blocks):
-        first = step // (config.steps // config.blocks) * config.block_length
+    per_block = config.steps // config.blocks
+    for step in range(config.steps):
+        first = step // per_block * config.block_length
+        base, more = divmod(start[first : first + config.block_length].count(mask), per_block)
+        count = base + (step % per_block < more)
         after: dict[Outcome, float] = defaultdict(float)
         for (tokens, when), p in law.items():
             i = index[tokens]

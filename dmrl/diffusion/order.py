@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dmrl.types import RowKeys
 
@@ -35,7 +35,7 @@ ORDERS: dict[str, Callable[..., Float[Array, "b l"]]] = {
 
 
 def select_top(
-    score: Float[Array, "b l"], candidates: Bool[Array, "b l"], count: jax.Array
+    score: Float[Array, "b l"], candidates: Bool[Array, "b l"], count: Int[Array, " b"]
 ) -> Bool[Array, "b l"]:
     """The `count` best-scored candidates of each row (all of them if there are fewer).
 
@@ -46,4 +46,4 @@ def select_top(
     ahead = score[:, None, :] > score[:, :, None]
     tied = score[:, None, :] == score[:, :, None]
     ahead |= tied & (index[None, None, :] < index[None, :, None])
-    return candidates & (jnp.sum(ahead, axis=-1) < count)
+    return candidates & (jnp.sum(ahead, axis=-1) < count[:, None])

@@ -54,11 +54,15 @@ class Sampling:
         """Number of blocks."""
         return self.length // self.block_length
 
-    def reveals(self) -> list[int]:
-        """Tokens revealed at each step of a block; the first steps take the remainder."""
+    def reveals(self, masked: Int[Array, "*b"]) -> Int[Array, "*b steps"]:
+        """Tokens to reveal at each step of a block that starts with `masked` masks.
+
+        masked // steps each, the first masked % steps steps one more: LLaDA's schedule, which
+        for a partly given block spreads what is left over all of the block's steps.
+        """
         steps = self.steps // self.blocks
-        base, more = divmod(self.block_length, steps)
-        return [base + (i < more) for i in range(steps)]
+        base, more = jnp.divmod(masked[..., None], steps)
+        return base + (jnp.expand_dims(jnp.arange(steps), range(masked.ndim)) < more)
 
 
 def _divisors(n: int) -> list[int]:
@@ -101,7 +105,7 @@ def sample(
     """Fills every masked position of `template`; the others stay as they are.
 
     Only the current block passes through the vocabulary head: nothing else can be revealed, so
-    this is exact. A step that finds no masked position left in the whole batch costs nothing.
+    this is exact. A step at which no row has a token to reveal costs nothing.
 
     Raises:
       ValueError: `template` is not `config.length` long.
@@ -142,13 +146,19 @@ def sample(
         )
 
     def maybe_reveal(carry, step):
-        left = jnp.any(carry[0] == denoiser.mask_id)
-        return jax.lax.cond(left, reveal, lambda c, _: c, carry, step), None
+        due = jnp.any(step[2] > 0)
+        return jax.lax.cond(due, reveal, lambda c, _: c, carry, step), None
 
     zeros = jnp.zeros(template.shape, jnp.float32)
     never = jnp.where(template == denoiser.mask_id, config.steps, TEMPLATE)
     carry = (template, never.astype(jnp.int32), zeros, zeros)
-    (tokens, reveal_step, log_prob, entropy), _ = jax.lax.scan(maybe_reveal, carry, _steps(config))
+    masks = (template == denoiser.mask_id).reshape(template.shape[0], config.blocks, width)
+    counts = config.reveals(jnp.sum(masks, axis=-1)).reshape(template.shape[0], config.steps)
+    number = jnp.arange(config.steps, dtype=jnp.int32)
+    start = number // (config.steps // config.blocks) * width
+    (tokens, reveal_step, log_prob, entropy), _ = jax.lax.scan(
+        maybe_reveal, carry, (number, start, counts.T)
+    )
     return Rollout(
         prompt=prompt,
         prompt_valid=prompt_valid,
@@ -160,14 +170,6 @@ def sample(
         group=group,
         length=jnp.sum(upto_eos(tokens, denoiser.eos_id), axis=1),
     )
-
-
-def _steps(config: Sampling) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(step number, block start, tokens to reveal) of every step."""
-    reveals = jnp.array(config.reveals() * config.blocks, jnp.int32)
-    number = jnp.arange(config.steps, dtype=jnp.int32)
-    start = number // (config.steps // config.blocks) * config.block_length
-    return number, start, reveals
 
 
 def entropy_of(log_p: jax.Array) -> jax.Array:

@@ -24,8 +24,8 @@ class Task(Protocol):
         """The characters a character tokenizer needs for prompts and answers."""
 
     @property
-    def grid(self) -> tuple[int, int] | None:
-        """Rows and columns if a completion is a board, for reports; else None."""
+    def grid(self) -> list[list[int]] | None:
+        """If a completion is a board: which positions are its cells, row by row. Else None."""
 
     def examples(self, split: str) -> Sequence[Any]:
         """The examples of 'train', 'validation', 'test' or a further split of the task.

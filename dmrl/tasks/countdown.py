@@ -97,7 +97,7 @@ class Task:
         return "0123456789+-*/(),=:" if self.style == "compact" else TEXT
 
     @property
-    def grid(self) -> tuple[int, int] | None:
+    def grid(self) -> list[list[int]] | None:
         """None: an expression is no board."""
         return None
 

@@ -48,7 +48,7 @@ class Metrics:
     ) -> None:
         """Raises ValueError for an unknown writer, ImportError if its package is missing."""
         self.lines = Lines(workdir / "metrics.jsonl", active)
-        self._writers = [_WRITERS[_known(w)](workdir, run) for w in writers] if active else []
+        self._writers = [_WRITERS[w](workdir, run) for w in known(writers)] if active else []
 
     def write(self, step: int, stage: str, values: Mapping[str, Any]) -> None:
         """One line: step, stage, then the values."""
@@ -57,10 +57,19 @@ class Metrics:
             writer(step, {f"{stage}/{k}": float(v) for k, v in values.items()})
 
 
-def _known(writer: str) -> str:
-    if writer not in _WRITERS:
-        raise ValueError(f"unknown metrics writer {writer!r}: choose from {', '.join(_WRITERS)}")
-    return writer
+def known(writers: Iterable[str]) -> tuple[str, ...]:
+    """The names of further writers, checked.
+
+    Raises:
+      ValueError: there is no such writer.
+    """
+    names = tuple(writers)
+    for name in names:
+        if name not in _WRITERS:
+            raise ValueError(
+                f"metrics: no writer {name!r}; choose from {', '.join(map(repr, _WRITERS))}"
+            )
+    return names
 
 
 def _tensorboard(workdir: Path, run: str) -> Any:

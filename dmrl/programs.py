@@ -111,6 +111,7 @@ class Programs:
         `first_row`: noise follows the number, so chunks of a batch equal the whole.
         """
         prompts = jax.device_put(prompts, parallel.batch_sharding(self.mesh))
+        frozen = frozen if self.model.lora_rank else None  # no part of this policy
         with jax.set_mesh(self.mesh):
             return self._rollout(trainable, frozen, prompts, jnp.int32(first_row), key)
 

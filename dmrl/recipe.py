@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dmrl import models, optim, tasks, tokenizer
+from dmrl import metrics, models, optim, tasks, tokenizer
 from dmrl.diffusion.sampler import Sampling
+from dmrl.models import weights
 from dmrl.programs import Term, make_term
 
 Section = TypeVar("Section")
@@ -70,7 +71,8 @@ class Loop:
     def __post_init__(self) -> None:
         if self.prompts_per_step % self.rollout_chunks:
             raise ValueError(
-                f"rollout_chunks={self.rollout_chunks} does not divide {self.prompts_per_step=}"
+                f"rollout_chunks={self.rollout_chunks} does not divide "
+                f"prompts_per_step={self.prompts_per_step}"
             )
         if self.num_generations < 2:
             raise ValueError(f"num_generations={self.num_generations}: a group needs at least 2")
@@ -132,8 +134,24 @@ def build(config: Mapping[str, Any]) -> Recipe:
         ),
         evaluation=section(Evaluation, config["evaluation"], "evaluation"),
         mesh=dict(config["mesh"]),
-        metrics=tuple(config["metrics"]),
+        metrics=metrics.known(config["metrics"]),
     )
+
+
+OWN_FIELDS = ("dtype", "param_dtype", "remat", "lora_rank", "lora_alpha")
+"""Fields of the model's Config that a run may choose whatever its initial weights say."""
+
+
+def _check_fits(init_from: str, model: models.Config) -> None:
+    """Raises ValueError where stored weights belong to another architecture."""
+    if "://" not in init_from and not Path(init_from).exists():
+        raise ValueError(f"model.init_from={init_from!r} does not exist")
+    stored = dataclasses.asdict(weights.open_weights(init_from)[0])
+    for name, value in dataclasses.asdict(model).items():
+        if name not in OWN_FIELDS and value != stored[name]:
+            raise ValueError(
+                f"model.{name}={value}, but the weights in {init_from} have {stored[name]}"
+            )
 
 
 def section(
@@ -173,8 +191,8 @@ def _tokenizer_and_model(config: Mapping[str, Any], task: tasks.Task) -> tuple[A
     else:
         tok = tokenizer.load(init_from) if init_from else None
     model = section(models.Config, values, "model")
-    if init_from and not Path(init_from).exists() and "://" not in init_from:
-        raise ValueError(f"model.init_from={init_from!r} does not exist")
+    if init_from:
+        _check_fits(init_from, model)
     if not model.lora_rank and model.param_dtype != "float32":
         raise ValueError(
             f"without an adapter all weights are trained and need model.param_dtype='float32', "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmrl import data, evaluate, optim, parallel, tokenizer
-from dmrl.diffusion.sampler import Sampling
+from dmrl.held import Evaluated, Held
 from dmrl.programs import Programs, TrainState, make_term
 from dmrl.recipe import Recipe
 from dmrl.types import TEMPLATE, Probe, Rollout
@@ -31,89 +31,14 @@ class Stage(Protocol):
     batches: Any
     """A resumable grain iterator over example indices."""
 
-    def init(self) -> TrainState:
+    def init(self, trainable: Any) -> TrainState:
         """The state before the first step."""
 
     def step(self, state: TrainState, number: int, index: np.ndarray, key: jax.Array) -> StepResult:
         """One outer step. `state` is donated."""
 
-    def evaluate(self, state: TrainState, number: int) -> "Evaluated | None":
+    def evaluate(self, state: TrainState, number: int) -> Evaluated | None:
         """Held-out measurements due after `number` steps; None if none is due."""
-
-
-class Evaluated(NamedTuple):
-    """Measurements of one moment, example trajectories, and whether the stage is finished."""
-
-    values: dict[str, float]
-    trajectories: list[Mapping[str, Any]]
-    done: bool = False
-
-
-class Held:
-    """Decodes held-out splits with a set of samplings; compiles each once."""
-
-    def __init__(self, recipe: Recipe, mesh: Any, frozen: Any) -> None:
-        self.recipe, self.frozen = recipe, frozen
-        own, settings = recipe.sampling, [recipe.sampling]
-        for steps in recipe.evaluation.steps:
-            settings.append(Sampling(own.length, steps, own.block_length))
-        self.samplers = {
-            evaluate.setting_name(s): Programs(
-                recipe.model, (), s, optim.make(recipe.optimizer, 1), mesh
-            )
-            for s in settings
-        }
-        shards = parallel.batch_shards(mesh)
-        self.batch = -(-recipe.evaluation.batch // shards) * shards
-        self.key = jax.random.fold_in(jax.random.key(recipe.seed), 10)
-        self._splits: dict[str, data.Prompts] = {}
-
-    def prompts(self, split: str) -> data.Prompts:
-        """A tokenized split, kept."""
-        if split not in self._splits:
-            r = self.recipe
-            self._splits[split] = data.tokenize(
-                r.task,
-                r.tokenizer,
-                split,
-                r.max_prompt_length,
-                r.sampling.length,
-                r.model.mask_token_id,
-            )
-        return self._splits[split]
-
-    def measure(
-        self,
-        trainable: Any,
-        split: str,
-        settings: Sequence[str],
-        size: int | None = None,
-        when: str = "",
-    ) -> Evaluated:
-        """Scores of a split's first `size` examples under each setting."""
-        r, prompts = self.recipe, self.prompts(split)
-        if size is not None and size < len(prompts.examples):
-            prompts = data.Prompts(prompts.examples[:size], *(x[:size] for x in prompts[1:]))
-        values: dict[str, float] = {}
-        rows: list[Mapping[str, Any]] = []
-        for name in settings:
-            programs = self.samplers[name]
-            decoded = evaluate.decode(
-                programs, trainable, self.frozen, prompts, r.task, r.tokenizer, self.batch, self.key
-            )
-            values |= {f"eval/{split}/{name}/{k}": v for k, v in evaluate.metrics(decoded)}
-            if when:
-                assert programs.sampling is not None
-                rows += evaluate.trajectories(
-                    decoded,
-                    prompts,
-                    r.task,
-                    r.tokenizer,
-                    programs.sampling,
-                    when,
-                    r.evaluation.trajectories,
-                )
-        return Evaluated(values, rows)
 
 
 class WarmStart:
@@ -121,10 +46,11 @@ class WarmStart:
 
     name = "warm_start"
 
-    def __init__(self, recipe: Recipe, mesh: Any, held: Held, initial: Any) -> None:
-        self.recipe, self.held, self.initial = recipe, held, initial
+    def __init__(self, recipe: Recipe, mesh: Any, held: Held) -> None:
+        """Raises ValueError for data or sizes that the stage cannot work with."""
+        self.recipe, self.held = recipe, held
         self.steps = recipe.warm_start.steps
-        self.train = held.prompts("train")
+        self.train = held.prompts["train"]
         self.targets = data.answers(
             recipe.task, recipe.tokenizer, self.train, recipe.model.eos_token_id
         )
@@ -136,13 +62,11 @@ class WarmStart:
             optim.make(recipe.warm_optimizer, self.steps),
             mesh,
         )
-        own = recipe.sampling
-        greedy = Sampling(own.length, own.steps, own.block_length)
-        self.setting = evaluate.setting_name(greedy)
+        _check_shared("warm_start.batch", recipe.warm_start.batch, mesh)
 
-    def init(self) -> TrainState:
+    def init(self, trainable: Any) -> TrainState:
         """From the fresh weights."""
-        return self.programs.init_state(self.initial)
+        return self.programs.init_state(trainable)
 
     def step(self, state: TrainState, number: int, index: np.ndarray, key: jax.Array) -> StepResult:
         """One supervised update."""
@@ -177,8 +101,9 @@ class WarmStart:
         if not number or (number % settings.evaluate_every and number < self.steps):
             return None
         size = self.recipe.evaluation.size
-        found = self.held.measure(state.trainable, "validation", [self.setting], size)
-        rate = found.values[f"eval/validation/{self.setting}/solved"]
+        greedy = self.held.greedy
+        found = self.held.measure(state.trainable, "validation", [greedy], size)
+        rate = found.values[f"eval/validation/{evaluate.setting_name(greedy)}/solved"]
         return found._replace(done=rate >= settings.target)
 
 
@@ -187,11 +112,13 @@ class Reinforce:
 
     name = "rl"
 
-    def __init__(self, recipe: Recipe, mesh: Any, held: Held, initial: Any) -> None:
-        self.recipe, self.held, self.initial = recipe, held, initial
+    def __init__(self, recipe: Recipe, mesh: Any, held: Held) -> None:
+        """Raises ValueError for data or sizes that the stage cannot work with."""
+        self.recipe, self.held = recipe, held
         loop = recipe.loop
         self.steps = loop.steps
-        self.train = held.prompts("train")
+        _check_shared("prompts of a chunk", loop.prompts_per_step // loop.rollout_chunks, mesh)
+        self.train = held.prompts["train"]
         self.batches = data.batches(len(self.train.examples), loop.prompts_per_step, recipe.seed)
         self.optimizer = optim.make(recipe.optimizer, loop.steps * loop.num_iterations)
         self.programs = Programs(
@@ -206,9 +133,9 @@ class Reinforce:
         )
         self.schedule = optim.learning_rate(recipe.optimizer, loop.steps * loop.num_iterations)
 
-    def init(self) -> TrainState:
+    def init(self, trainable: Any) -> TrainState:
         """From the warm-started (or converted) weights."""
-        return self.programs.init_state(self.initial)
+        return self.programs.init_state(trainable)
 
     def step(self, state: TrainState, number: int, index: np.ndarray, key: jax.Array) -> StepResult:
         """Sample in chunks, score each while the next is sampled, update."""
@@ -250,17 +177,17 @@ class Reinforce:
     def evaluate(self, state: TrainState, number: int) -> Evaluated | None:
         """Validation every so often; all splits and settings before and after training."""
         setting, last = self.recipe.evaluation, number == self.steps
-        names = list(self.held.samplers)
+        settings = self.held.settings
         if number and not last:
             if not setting.every or number % setting.every:
                 return None
-            return self.held.measure(state.trainable, "validation", names, setting.size)
+            return self.held.measure(state.trainable, "validation", settings, setting.size)
         values: dict[str, float] = {}
         rows: list[Mapping[str, Any]] = []
         for split in ("validation", *setting.splits):
             when = "after" if last else "before"
             size = setting.size if split == "validation" else None
-            found = self.held.measure(state.trainable, split, names, size, when)
+            found = self.held.measure(state.trainable, split, settings, size, when)
             values |= found.values
             rows += found.trajectories
         return Evaluated(values, rows, done=last)
@@ -349,6 +276,15 @@ class Scored(NamedTuple):
     parts: list[dict[str, float]]
     texts: list[str]
     examples: Sequence[Any]
+
+
+def _check_shared(what: str, count: int, mesh: Any) -> None:
+    shards = parallel.batch_shards(mesh)
+    if count % shards:
+        raise ValueError(
+            f"{what}: {count} cannot be shared evenly by the {shards} devices of the mesh's data "
+            f"and fsdp axes; make it a multiple of {shards}, or these axes smaller"
+        )
 
 
 def _spread(prefix: str, groups: np.ndarray) -> dict[str, float]:

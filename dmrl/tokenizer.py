@@ -39,7 +39,7 @@ def load(path: str) -> Any:
     """The fast tokenizer saved in `path` (or named `path` on a hub that can be reached).
 
     Raises:
-      ValueError: nothing loadable is there, or it has no mask or EOS token.
+      ValueError: nothing loadable is there, or it has no EOS token.
     """
     import transformers
 
@@ -49,6 +49,10 @@ def load(path: str) -> Any:
         raise ValueError(
             f"no tokenizer at {path!r}: give a local folder with tokenizer.json ({error})"
         ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer at {path!r} has no EOS token: completions could not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 

@@ -5,10 +5,11 @@ import dataclasses
 import importlib.metadata
 import json
 import math
+import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ import numpy as np
 from dmrl import models, parallel, report, stages
 from dmrl.checkpoint import Checkpoints
 from dmrl.console import Console
+from dmrl.held import Held
 from dmrl.metrics import Lines, Metrics
 from dmrl.models import weights
 from dmrl.programs import TrainState, needs_reference
 from dmrl.recipe import Recipe
 
+ORDER = ("warm_start", "rl")
+"""The stages, first to last."""
 FILES = ("metrics.jsonl", "completions.jsonl", "trajectories.jsonl")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
@@ -43,17 +47,18 @@ def describe(workdir: Path, config: Mapping[str, Any]) -> None:
     if path.exists():
         _refuse_other(path, json.loads(path.read_text())["config"], config)
     device = jax.devices()[0]
-    path.write_text(
-        json.dumps(
-            {
-                "config": config,
-                "git": _git_hash(),
-                "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-                "device": f"{device.device_kind} x{jax.device_count()}",
-            },
-            indent=1,
-        )
+    text = json.dumps(
+        {
+            "config": config,
+            "git": _git_hash(),
+            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "device": f"{device.device_kind} x{jax.device_count()}",
+        },
+        indent=1,
     )
+    partial = path.with_name(f".config.{os.getpid()}.json")
+    partial.write_text(text)
+    partial.replace(path)  # a run killed here must still be able to resume
 
 
 def _refuse_other(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -123,49 +128,50 @@ def train(recipe: Recipe, workdir: Path, config: Mapping[str, Any]) -> dict[str,
       CheckpointError: a checkpoint could not be written, or none could be read.
       SystemExit: 0 after SIGTERM, with a checkpoint written.
     """
+    mesh = parallel.make_mesh(**recipe.mesh)
+    held = Held(recipe, mesh)
+    warm = stages.WarmStart(recipe, mesh, held) if recipe.warm_start.steps else None
+    reinforce = stages.Reinforce(recipe, mesh, held)
+    # What the user can get wrong has been checked: now the workdir may be claimed.
     workdir.mkdir(parents=True, exist_ok=True)
     describe(workdir, config)
-    mesh = parallel.make_mesh(**recipe.mesh)
-    trainable, frozen = initial_weights(recipe, mesh)
-    held = stages.Held(recipe, mesh, frozen)
-    loop = Loop(recipe, workdir)
-    if recipe.warm_start.steps:
-        warm = stages.WarmStart(recipe, mesh, held, trainable)
-        trainable = loop.run(warm, last=False).trainable
-    if not recipe.model.lora_rank and needs_reference(recipe.terms):
-        frozen = held.frozen = jax.tree.map(jnp.copy, trainable)
-    loop.run(stages.Reinforce(recipe, mesh, held, trainable), last=True)
+    with _terminated() as stopping:
+        trainable, held.frozen = initial_weights(recipe, mesh)
+        loop = Loop(recipe, workdir, stopping)
+        if warm:
+            trainable = loop.run(warm, trainable).trainable
+        if not recipe.model.lora_rank and needs_reference(recipe.terms):
+            held.frozen = jax.tree.map(jnp.copy, trainable)
+        loop.run(reinforce, trainable)
     return loop.final
 
 
 class Loop:
     """Runs a stage from wherever its checkpoints left it."""
 
-    def __init__(self, recipe: Recipe, workdir: Path) -> None:
-        self.recipe, self.workdir = recipe, workdir
+    def __init__(self, recipe: Recipe, workdir: Path, stopping: Callable[[], bool]) -> None:
+        self.recipe, self.workdir, self.stopping = recipe, workdir, stopping
         self.writer = jax.process_index() == 0
         self.metrics = Metrics(workdir, recipe.metrics, workdir.name, self.writer)
         self.lines = {name: Lines(workdir / name, self.writer) for name in FILES}
         self.console = Console(active=self.writer)
         self.final: dict[str, float] = {}
 
-    def run(self, stage: stages.Stage, last: bool) -> TrainState:
-        """All remaining steps of `stage`; files are cut back to the checkpoint resumed from.
-
-        `last` is False for a stage that others follow: its files are cut only while no later
-        stage has written a checkpoint.
-        """
-        checkpoints = Checkpoints(
-            self.workdir / "checkpoints" / stage.name, self.recipe.loop.checkpoints_kept
-        )
-        with contextlib.closing(checkpoints), _terminated() as stopping:
-            run = _StageRun(self, stage, checkpoints, stopping)
-            run.restore(cut=last or not self._later_checkpoints(stage.name))
+    def run(self, stage: stages.Stage, trainable: Any) -> TrainState:
+        """All remaining steps of `stage`, which starts from `trainable`."""
+        with contextlib.closing(self.checkpoints(stage.name)) as checkpoints:
+            run = _StageRun(self, stage, checkpoints)
+            run.restore(trainable)
             return run.finish()
 
-    def _later_checkpoints(self, name: str) -> bool:
-        folder = self.workdir / "checkpoints"
-        return any(any(d.iterdir()) for d in folder.glob("*") if d.is_dir() and d.name != name)
+    def checkpoints(self, stage: str) -> Checkpoints:
+        """Those of a stage."""
+        kept = self.recipe.loop.checkpoints_kept
+        return Checkpoints(self.workdir / "checkpoints" / stage, kept)
+
+    def begun(self, names: Sequence[str]) -> bool:
+        """Whether any of these stages has a checkpoint."""
+        return any(self.checkpoints(name).steps() for name in names)
 
 
 @dataclasses.dataclass
@@ -175,25 +181,34 @@ class _StageRun:
     loop: Loop
     stage: stages.Stage
     checkpoints: Checkpoints
-    stopping: Any
 
-    def restore(self, cut: bool) -> None:
-        """The newest checkpoint that loads, or the stage's beginning."""
-        order = {"warm_start": 1, "rl": 2}[self.stage.name]
-        self.key = jax.random.fold_in(jax.random.key(self.loop.recipe.seed), order)
-        self.state, self.number, self.done = self.stage.init(), 0, False
+    def restore(self, trainable: Any) -> None:
+        """The newest checkpoint that loads, or the stage's beginning.
+
+        Files are cut back to what they held at that moment, unless a later stage has a
+        checkpoint: then that one is the moment to go back to.
+        """
+        name, loop = self.stage.name, self.loop
+        place = ORDER.index(name)
+        self.key = jax.random.fold_in(jax.random.key(loop.recipe.seed), place + 1)
+        self.state, self.number, self.done = self.stage.init(trainable), 0, False
         found = self.checkpoints.restore(self.state)
         if found is None:
+            if not loop.begun(ORDER):  # killed before the first checkpoint of all
+                self._cut(dict.fromkeys(FILES, 0))
             return
         self.number, self.state, host = found
         self.key = jax.random.wrap_key_data(jnp.array(host["key"], jnp.uint32))
         self.done = host["done"]
-        self.loop.final = host["final"]
+        loop.final = host["final"]
         self.stage.batches.set_state(host["batches"])
-        if cut:
-            for name, size in host["files"].items():
-                self.loop.lines[name].cut(size)
-        self.loop.console.note(f"{self.stage.name}: resumed after step {self.number}")
+        if not loop.begun(ORDER[place + 1 :]):
+            self._cut(host["files"])
+        loop.console.note(f"{name}: resumed after step {self.number}")
+
+    def _cut(self, sizes: Mapping[str, int]) -> None:
+        for name, size in sizes.items():
+            self.loop.lines[name].cut(size)
 
     def save(self) -> None:
         """One atomic checkpoint of everything a resumed run needs."""
@@ -209,33 +224,36 @@ class _StageRun:
             report.write(self.loop.workdir)
 
     def finish(self) -> TrainState:
-        """Steps until the stage is done; evaluates and saves on the way."""
-        stage, loop = self.stage, self.loop
+        """Steps until the stage is done or SIGTERM arrives; evaluates and saves on the way."""
+        stopping, every = self.loop.stopping, self.loop.recipe.loop.checkpoint_every
         if not self.done and self.number == 0:
             self._evaluate()
-        clock, every = time.perf_counter(), loop.recipe.loop.checkpoint_every
-        while not self.done:
-            index = np.asarray(next(stage.batches))
-            key = jax.random.fold_in(self.key, self.number)
-            result = stage.step(self.state, self.number, index, key)
-            self.state, self.number = result.state, self.number + 1
-            _check_finite(stage.name, self.number, result.values)
-            now = time.perf_counter()
-            loop.metrics.write(self.number, stage.name, result.values)
-            for row in result.completions:
-                loop.lines["completions.jsonl"].append(row)
-            loop.console.step(stage.name, self.number, stage.steps, result.values, now - clock)
-            clock = now
-            self._evaluate()
-            self.done = self.done or self.number >= stage.steps
-            if self.done or self.stopping() or (every and self.number % every == 0):
+        self.clock = time.perf_counter()
+        while not self.done and not stopping():
+            self._step()
+            if self.done or stopping() or (every and self.number % every == 0):
                 self.save()
-            if self.stopping() and not self.done:
-                loop.console.note(
-                    f"{stage.name}: stopped by SIGTERM after step {self.number}, saved"
-                )
-                raise SystemExit(0)
+        if stopping():
+            name = self.stage.name
+            self.loop.console.note(f"{name}: stopped by SIGTERM after step {self.number}")
+            raise SystemExit(0)
         return self.state
+
+    def _step(self) -> None:
+        stage, loop = self.stage, self.loop
+        index = np.asarray(next(stage.batches))
+        key = jax.random.fold_in(self.key, self.number)
+        result = stage.step(self.state, self.number, index, key)
+        self.state, self.number = result.state, self.number + 1
+        _check_finite(stage.name, self.number, result.values)
+        before, self.clock = self.clock, time.perf_counter()
+        loop.metrics.write(self.number, stage.name, result.values)
+        for row in result.completions:
+            loop.lines["completions.jsonl"].append(row)
+        seconds = self.clock - before
+        loop.console.step(stage.name, self.number, stage.steps, result.values, seconds)
+        self._evaluate()
+        self.done = self.done or self.number >= stage.steps
 
     def _evaluate(self) -> None:
         found = self.stage.evaluate(self.state, self.number)
@@ -257,7 +275,7 @@ def _check_finite(stage: str, step: int, values: Mapping[str, float]) -> None:
 
 
 @contextlib.contextmanager
-def _terminated() -> Iterator[Any]:
+def _terminated() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether SIGTERM has arrived since."""
     arrived: list[int] = []
     old = signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))

@@ -3,6 +3,7 @@
 The same command again resumes. See README.md and docs/.
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ sys.path.insert(0, str(ROOT))
 from absl import app, flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
+from configs import command_line  # noqa: E402
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, e.g. configs/sudoku_dispo.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/RECIPE-PRESET")
 flags.mark_flag_as_required("config")
@@ -24,7 +27,9 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: options start with --config.")
     from dmrl import console, recipe, trainer
+    from dmrl.checkpoint import CheckpointError
 
+    logging.getLogger("jax").setLevel(logging.WARNING)
     config = CONFIG.value.to_dict()
     try:
         made = recipe.build(config)
@@ -37,7 +42,7 @@ def main(argv: list[str]) -> None:
         workdir = Path(WORKDIR.value or default_workdir())
         print(f"workdir {workdir}", flush=True)
         trainer.train(made, workdir, config)
-    except (ValueError, trainer.NotFiniteError, trainer.CheckpointError) as error:
+    except (ValueError, OSError, trainer.NotFiniteError, CheckpointError) as error:
         sys.exit(f"error: {error}")
     console.Console().table("Held-out, before and after training", trainer.before_after(workdir))
     print(f"report {workdir / 'report.html'}")
@@ -50,4 +55,4 @@ def default_workdir() -> Path:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse)

@@ -48,6 +48,7 @@ RULES = {
     # The trainer stands on every room; these are its parts.
     "dmrl.programs": Doors(NUMERIC | {"optax"}, ANY),
     "dmrl.recipe": Doors(set(), ANY),
+    "dmrl.held": Doors(NUMERIC, ANY),
     "dmrl.stages": Doors(NUMERIC, ANY),
     "dmrl.trainer": Doors(NUMERIC, ANY),
     "dmrl": Doors(set(), set()),

@@ -1,0 +1,101 @@
+"""Held-out splits: tokenized once, decoded with a few samplings, each compiled once."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from dmrl import data, evaluate, optim, parallel
+from dmrl.diffusion.sampler import Sampling
+from dmrl.programs import Programs
+from dmrl.recipe import Recipe
+
+
+class Evaluated(NamedTuple):
+    """Measurements of one moment, example trajectories, and whether the stage is finished."""
+
+    values: dict[str, float]
+    trajectories: list[Mapping[str, Any]]
+    done: bool = False
+
+
+class Held:
+    """All splits of a run, and the programs that decode them.
+
+    `frozen` is the tree that never changes (see `Programs`), set once the weights are there.
+    """
+
+    def __init__(self, recipe: Recipe, mesh: Any) -> None:
+        """Raises ValueError for a split or a setting of the evaluation that cannot work."""
+        if recipe.tokenizer is None:
+            raise ValueError(
+                "no tokenizer: set --config.tokenizer to a folder with tokenizer.json (or to "
+                "'characters'), or --config.model.init_from to weights that come with one"
+            )
+        self.recipe, self.mesh, self.frozen = recipe, mesh, None
+        own = recipe.sampling
+        self.greedy = Sampling(own.length, own.steps, own.block_length)
+        more = [Sampling(own.length, n, own.block_length) for n in recipe.evaluation.steps]
+        self.settings = list(dict.fromkeys([own, *more]))
+        """The run's own way of decoding, and those that the recipe adds."""
+        shards = parallel.batch_shards(mesh)
+        self.batch = -(-recipe.evaluation.batch // shards) * shards
+        self.key = jax.random.fold_in(jax.random.key(recipe.seed), 10)
+        splits = dict.fromkeys(("train", "validation", *recipe.evaluation.splits))
+        self.prompts = {split: self._tokenize(split) for split in splits}
+        self._programs: dict[Sampling, Programs] = {}
+
+    def _tokenize(self, split: str) -> data.Prompts:
+        r = self.recipe
+        return data.tokenize(
+            r.task,
+            r.tokenizer,
+            split,
+            r.max_prompt_length,
+            r.sampling.length,
+            r.model.mask_token_id,
+        )
+
+    def programs(self, sampling: Sampling) -> Programs:
+        """The sampler of a setting, kept: it compiles once."""
+        if sampling not in self._programs:
+            unused = optim.make(self.recipe.optimizer, 1)
+            self._programs[sampling] = Programs(self.recipe.model, (), sampling, unused, self.mesh)
+        return self._programs[sampling]
+
+    def measure(
+        self,
+        trainable: Any,
+        split: str,
+        settings: Sequence[Sampling],
+        size: int | None = None,
+        when: str = "",
+    ) -> Evaluated:
+        """Scores of a split's first `size` examples under each setting.
+
+        With `when` ("before", "after"), also the trajectories that the report shows.
+        """
+        r, prompts = self.recipe, self.prompts[split]
+        if size is not None:
+            prompts = data.Prompts(prompts.examples[:size], *(x[:size] for x in prompts[1:]))
+        values: dict[str, float] = {}
+        rows: list[Mapping[str, Any]] = []
+        for setting in settings:
+            decoded = evaluate.decode(
+                self.programs(setting),
+                trainable,
+                self.frozen,
+                prompts,
+                r.task,
+                r.tokenizer,
+                self.batch,
+                self.key,
+            )
+            prefix = f"eval/{split}/{evaluate.setting_name(setting)}"
+            values |= {f"{prefix}/{k}": v for k, v in evaluate.metrics(decoded)}
+            if when:
+                count = r.evaluation.trajectories
+                rows += evaluate.trajectories(
+                    decoded, prompts, r.task, r.tokenizer, setting, when, count
+                )
+        return Evaluated(values, rows)

@@ -87,7 +87,7 @@ def test_samples_follow_the_enumerated_law(config):
     denoiser = bind(params)
     for template in ALL_MASKED, HALF:
         law = exact.sampler_law(denoiser, prompt, template, tiny.VOCAB, config)
-        assert sum(law.values()) == pytest.approx(1, abs=1e-9)
+        assert sum(law.values()) == pytest.approx(1, abs=1e-5)
         drawn = outcomes(draw(denoiser, prompt, template, config, rows=20_000))
         assert tiny.chi_square(drawn, law) > 1e-3
         assert tiny.chi_square([tokens for tokens, _ in drawn], of_tokens(law)) > 1e-3

@@ -63,6 +63,12 @@ def rollout(tokens, reveal_step=None, prompt=None, reward=None, group=None, eos=
     )
 
 
+def reward_of(fills):
+    """A fixed random reward in [0, 1] of every completion."""
+    table = jax.random.uniform(jax.random.key(11), (MASK,) * fills.shape[-1])
+    return table[tuple(jnp.moveaxis(fills, -1, 0))]
+
+
 def chi_square(outcomes, law):
     """p-value of the hypothesis that `outcomes` were drawn from `law` {outcome: probability}.
 

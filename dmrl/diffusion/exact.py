@@ -61,7 +61,7 @@ def bind(params: Params, mask_id: int, eos_id: int) -> Denoiser:
 def fillings(state: Int[Array, " l"], vocab: int, mask_id: int) -> Int[Array, "f l"]:
     """All (vocab - 1)^masked completions of `state`; MASK is no filling."""
     tokens = [v for v in range(vocab) if v != mask_id]
-    choices = [tokens if x == mask_id else [x] for x in state.tolist()]
+    choices = (tokens if x == mask_id else [x] for x in state.tolist())
     return jnp.array(list(itertools.product(*choices)))
 
 
@@ -75,12 +75,9 @@ def sampler_law(
     """Probability of every outcome of `sampler.sample` on one unpadded prompt.
 
     Follows LLaDA's text (arXiv 2502.09992), not our sampler: all masked positions of the block
-    propose a token from softmax(logits / T), and those with the most probable proposals at
+    propose a token from softmax(logits / T); those with the most probable proposals at
     temperature 1 (or a uniformly random subset) are revealed. Who wins depends on all proposals,
-    so those are enumerated jointly.
-
-    Raises:
-      ValueError: `config.temperature` is 0: that law is a point, compare tokens instead.
+    so these are enumerated jointly. Raises ValueError at temperature 0, where the law is a point.
     """
     if config.temperature == 0:
         raise ValueError("temperature=0 decodes greedily: enumerate the law of a temperature > 0")
@@ -111,25 +108,22 @@ def sampler_law(
 def _predictions(
     denoiser: Denoiser, prompt: Int[Array, " p"], states: list[tuple[int, ...]], config: Sampling
 ) -> tuple[np.ndarray, np.ndarray]:
-    """log p at temperature 1 and the law of the proposals, float64 [N,L,V]; MASK has none."""
+    """log p at temperature 1 and the law of the proposals, [N,L,V]; MASK has none."""
 
-    @jax.jit
     def logits(context: jax.Array) -> jax.Array:
         context = jnp.broadcast_to(context, (len(states), *context.shape))
         tokens = jnp.concatenate([context, jnp.array(states)], axis=1)
         hidden = denoiser.encode(tokens, jnp.ones(tokens.shape, bool))[:, prompt.shape[0] :]
         return denoiser.logits(hidden).at[..., denoiser.mask_id].set(-1e30)  # finite: subtracted
 
-    blind, clean = (
-        np.array(logits(x), np.float64) for x in (jnp.full_like(prompt, denoiser.mask_id), prompt)
-    )
-    guided = blind + (config.cfg_scale + 1) * (clean - blind)
-    return _log_softmax(guided), np.exp(_log_softmax(guided / config.temperature))
+    @jax.jit
+    def laws() -> tuple[jax.Array, jax.Array]:
+        blind, clean = logits(jnp.full_like(prompt, denoiser.mask_id)), logits(prompt)
+        guided = blind + (config.cfg_scale + 1) * (clean - blind)
+        return jax.nn.log_softmax(guided), jax.nn.softmax(guided / config.temperature)
 
-
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+    log_p, proposal_p = laws()
+    return np.asarray(log_p), np.asarray(proposal_p)
 
 
 def _reveals(

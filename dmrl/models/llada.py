@@ -6,7 +6,6 @@ the LLaDA vocabulary is 506 kB.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -76,6 +75,24 @@ def matmul_precision(dtype: str) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if dtype == "float32" else jax.lax.Precision.DEFAULT
 
 
+def dot(
+    x: Float[Array, "*lead i"], kernel: Float[Array, "i o"], out_dtype: Any = None
+) -> Float[Array, "*lead o"]:
+    """x @ kernel in x's precision, all leading axes as one.
+
+    Flat, because XLA's CPU backend takes 4 times as long for a weight gradient that contracts
+    over two axes (measured: SwiGLU of 7,424 tokens, 98 against 27 ms).
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y = jnp.matmul(
+        rows,
+        kernel.astype(x.dtype),
+        precision=matmul_precision(str(x.dtype)),
+        preferred_element_type=out_dtype,
+    )
+    return y.reshape(*x.shape[:-1], kernel.shape[1])
+
+
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     """Pins the layout of an activation when a mesh is active; no-op on a bare device."""
     if jax.sharding.get_abstract_mesh().empty:
@@ -111,16 +128,14 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         cfg, fan_in = self.cfg, x.shape[-1]
-        dot = functools.partial(jnp.matmul, precision=matmul_precision(cfg.dtype))
         init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "normal")
         kernel = self.param("kernel", init, (fan_in, self.features), jnp.dtype(cfg.param_dtype))
-        y = dot(x, kernel.astype(x.dtype))
+        y = dot(x, kernel)
         adapted = self.is_initializing() or self.has_variable("lora", "a")
         if cfg.lora_rank and adapted:
             a = self.variable("lora", "a", self._init_a, (fan_in, cfg.lora_rank)).value
             b = self.variable("lora", "b", jnp.zeros, (cfg.lora_rank, self.features)).value
-            update = dot(dot(x, a.astype(x.dtype)), b.astype(x.dtype))
-            y = y + (cfg.lora_alpha / cfg.lora_rank) * update
+            y = y + (cfg.lora_alpha / cfg.lora_rank) * dot(dot(x, a), b)
         return y
 
     def _init_a(self, shape: tuple[int, int]) -> jax.Array:
@@ -129,14 +144,20 @@ class Linear(nn.Module):
         return jax.random.uniform(self.make_rng("params"), shape, minval=-bound, maxval=bound)
 
 
-def rope(
-    x: Float[Array, "b s h d"], positions: Int[Array, "b s"], theta: float
-) -> Float[Array, "b s h d"]:
-    """Rotary embedding, rotate-half convention, computed in float32."""
-    half = x.shape[-1] // 2
+Rotation = tuple[Float[Array, "b s 1 half"], Float[Array, "b s 1 half"]]
+
+
+def rotation(positions: Int[Array, "b s"], head_dim: int, theta: float) -> Rotation:
+    """(cos, sin) of every position's angles, float32; the same for all heads and layers."""
+    half = head_dim // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rope(x: Float[Array, "b s h d"], rotation: Rotation) -> Float[Array, "b s h d"]:
+    """Rotary embedding, rotate-half convention, computed in float32."""
+    cos, sin = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
@@ -149,21 +170,21 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b s d"], valid: Bool[Array, "b s"], positions: Int[Array, "b s"]
-    ) -> Float[Array, "b s d"]:
-        cfg, (batch, seq, _) = self.cfg, x.shape
+        self, x: Float[Array, "n d"], valid: Bool[Array, "b s"], rotation: Rotation
+    ) -> Float[Array, "n d"]:
+        cfg, (batch, seq) = self.cfg, valid.shape
         heads = {"q_proj": cfg.n_heads, "k_proj": cfg.n_kv_heads, "v_proj": cfg.n_kv_heads}
         q, k, v = (
             Linear(cfg, n * cfg.head_dim, name=name)(x).reshape(batch, seq, n, cfg.head_dim)
             for name, n in heads.items()
         )
-        q, k = rope(q, positions, cfg.rope_theta), rope(k, positions, cfg.rope_theta)
+        q, k = rope(q, rotation), rope(k, rotation)
         q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
         mask = jnp.broadcast_to(valid[:, None, None, :], (batch, 1, seq, seq))
         with jax.default_matmul_precision(_PRECISION_NAME[cfg.dtype]):
             y = jax.nn.dot_product_attention(q, k, v, mask=mask)
         out = Linear(cfg, cfg.d_model, init_scale=0.5 / cfg.n_layers, name="attn_out")
-        return out(y.reshape(batch, seq, cfg.d_model))
+        return out(y.reshape(batch * seq, cfg.d_model))
 
 
 _PRECISION_NAME = {"float32": "highest", "bfloat16": "default", "float16": "default"}
@@ -176,17 +197,17 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b s d"], valid: Bool[Array, "b s"], positions: Int[Array, "b s"]
-    ) -> tuple[Float[Array, "b s d"], None]:
+        self, x: Float[Array, "n d"], valid: Bool[Array, "b s"], rotation: Rotation
+    ) -> tuple[Float[Array, "n d"], None]:
         cfg = self.cfg
-        x = x + Attention(cfg, name="attn")(RMSNorm(cfg, name="attn_norm")(x), valid, positions)
+        x = x + Attention(cfg, name="attn")(RMSNorm(cfg, name="attn_norm")(x), valid, rotation)
         h = RMSNorm(cfg, name="ff_norm")(x)
         gate = Linear(cfg, cfg.mlp_hidden_size, name="ff_proj")(h)
         up = Linear(cfg, cfg.mlp_hidden_size, name="up_proj")(h)
         gate, up = (checkpoint_name(y, "mlp") for y in (gate, up))
         down = Linear(cfg, cfg.d_model, init_scale=0.5 / cfg.n_layers, name="ff_out")
         x = x + down(jax.nn.silu(gate) * up)
-        return constrain(x, BATCH_AXES, None, None), None
+        return constrain(x, BATCH_AXES, None), None
 
 
 class LLaDA(nn.Module):
@@ -221,7 +242,8 @@ class LLaDA(nn.Module):
             param_dtype,
         )
         positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
-        x = constrain(embedding[tokens].astype(cfg.dtype), BATCH_AXES, None, None)
+        x = embedding[tokens.reshape(-1)].astype(cfg.dtype)
+        x = constrain(x, BATCH_AXES, None)
         block = Block
         if cfg.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False)
@@ -232,8 +254,10 @@ class LLaDA(nn.Module):
             in_axes=nn.broadcast,
             length=cfg.n_layers,
         )
-        x, _ = layers(cfg, name="blocks")(x, valid, positions)
-        return RMSNorm(cfg, name="ln_f")(x)
+        x, _ = layers(cfg, name="blocks")(
+            x, valid, rotation(positions, cfg.head_dim, cfg.rope_theta)
+        )
+        return RMSNorm(cfg, name="ln_f")(x).reshape(*tokens.shape, cfg.d_model)
 
 
 def init(cfg: Config, key: jax.Array) -> dict[str, Any]:

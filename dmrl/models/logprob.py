@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dmrl.models.llada import matmul_precision
+from dmrl.models.llada import dot
 
 CHUNK = 4096
 """Columns of the vocabulary held at a time. A vocabulary up to this size is one chunk."""
@@ -21,7 +21,7 @@ def logits(
     hidden: Float[Array, "*lead d"], kernel: Float[Array, "d v"], dropped: int | None
 ) -> Float[Array, "*lead v"]:
     """Float32 logits [...,V]; the `dropped` token's logit is -inf."""
-    out = _matmul(hidden, kernel)
+    out = dot(hidden, kernel, jnp.float32)
     if dropped is None:
         return out
     column = jnp.expand_dims(jnp.arange(out.shape[-1]) == dropped, range(out.ndim - 1))
@@ -52,19 +52,12 @@ def chunk_size(vocab: int) -> int:
     return max([c for c in divisors if c % 128 == 0] or divisors)
 
 
-def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    precision = matmul_precision(str(x.dtype))
-    return jnp.matmul(
-        x, kernel.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32
-    )
-
-
 def _column_chunk(
     hidden: jax.Array, kernel: jax.Array, start: jax.Array, chunk: int, dropped: int | None
 ) -> tuple[jax.Array, jax.Array]:
     """The chunk's columns of the kernel and its logits [...,chunk]."""
     columns = jax.lax.dynamic_slice_in_dim(kernel, start, chunk, axis=1)
-    part = _matmul(hidden, columns)
+    part = dot(hidden, columns, jnp.float32)
     if dropped is not None:
         hit = jnp.expand_dims(start + jnp.arange(chunk) == dropped, range(part.ndim - 1))
         part = jnp.where(hit, -jnp.inf, part)
@@ -118,8 +111,8 @@ def _chunked_bwd(chunk, dropped, residuals, cotangent):
             hit = local[..., z : z + 1] == jnp.expand_dims(jnp.arange(chunk), range(local.ndim - 1))
             d_part += jnp.where(hit, cotangent[..., z : z + 1], 0.0)
         d_part = d_part.astype(hidden.dtype)
-        d_hidden += _matmul(d_part, columns.T)
-        d_columns = _matmul(rows.T, d_part.reshape(-1, chunk))
+        d_hidden += dot(d_part, columns.T, jnp.float32)
+        d_columns = dot(rows.T, d_part.reshape(-1, chunk), jnp.float32)
         return d_hidden, d_columns.astype(kernel.dtype)
 
     starts = jnp.arange(0, kernel.shape[1], chunk)

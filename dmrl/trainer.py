@@ -116,8 +116,15 @@ def initial_weights(recipe: Recipe, mesh: Any) -> tuple[Any, Any]:
     return variables["params"], None
 
 
-def train(recipe: Recipe, workdir: Path, config: Mapping[str, Any]) -> dict[str, float]:
+def train(
+    recipe: Recipe,
+    workdir: Path,
+    config: Mapping[str, Any],
+    stage_two: type[stages.Reinforce] = stages.Reinforce,
+) -> dict[str, float]:
     """Runs or resumes both stages; returns the final evaluation.
+
+    `stage_two` lets an experiment replace what a step of stage 2 does.
 
     The workdir decides: what it already holds is not done again, and an interrupted run
     continues bit for bit from its last checkpoint.
@@ -131,7 +138,7 @@ def train(recipe: Recipe, workdir: Path, config: Mapping[str, Any]) -> dict[str,
     mesh = parallel.make_mesh(**recipe.mesh)
     held = Held(recipe, mesh)
     warm = stages.WarmStart(recipe, mesh, held) if recipe.warm_start.steps else None
-    reinforce = stages.Reinforce(recipe, mesh, held)
+    reinforce = stage_two(recipe, mesh, held)
     # What the user can get wrong has been checked: now the workdir may be claimed.
     workdir.mkdir(parents=True, exist_ok=True)
     describe(workdir, config)

@@ -1,0 +1,242 @@
+"""The tiny Sudoku run and its controls, from one warm start a seed.
+
+    python benchmarks/sudoku.py --runs=dispo,diffu_grpo --seeds=0,1,2 --out=runs/sudoku
+    python benchmarks/sudoku.py --table --out=runs/sudoku
+
+Every run is a workdir of its own under --out, so a command again continues or does nothing.
+Held-out test boards are decoded once before and once after; nothing is chosen on them.
+
+    dispo              configs/sudoku_dispo.py as it is
+    diffu_grpo         without the DiSPO term, equal rollouts
+    diffu_grpo_seconds without it, as many steps as fit into dispo's seconds
+    dispo_calls        dispo with as many reward calls as diffu_grpo makes
+    shuffled           dispo, rewards permuted within every group and among siblings
+    coin               dispo, a coin flip for a reward
+    sft                supervised training for dispo's seconds, from the same warm start
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT / "benchmarks"]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+from absl import app, flags  # noqa: E402
+
+from configs import sudoku_dispo  # noqa: E402
+from dmrl import parallel, recipe, stages, trainer  # noqa: E402
+
+RUNS = flags.DEFINE_list("runs", ["dispo", "diffu_grpo"], "Which runs")
+SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds")
+OUT = flags.DEFINE_string("out", "runs/sudoku", "Where the workdirs live")
+TABLE = flags.DEFINE_bool("table", False, "Only print the table of finished runs")
+
+REWARD_CHANGES = ("shuffled", "coin")
+
+
+class Shuffled(stages.Reinforce):
+    """Breaks the link between a completion and its reward, keeping every group's rewards."""
+
+    def _score(self, examples: Any, rollout: Any, probes: Any) -> stages.Scored:
+        scored = super()._score(examples, rollout, probes)
+        rng = np.random.default_rng(np.asarray(rollout.tokens)[:, -1].sum())
+        groups = np.asarray(scored.rollout.reward).reshape(-1, self.recipe.loop.num_generations)
+        mixed = rng.permuted(groups, axis=1).reshape(-1)
+        changed = [
+            p and p._replace(reward=self._put(rng.permuted(np.asarray(p.reward), axis=2)))
+            for p in scored.probes
+        ]
+        return scored._replace(
+            rollout=scored.rollout._replace(reward=self._put(mixed)), probes=tuple(changed)
+        )
+
+
+class Coin(stages.Reinforce):
+    """A reward that knows nothing of the completion."""
+
+    def _score(self, examples: Any, rollout: Any, probes: Any) -> stages.Scored:
+        scored = super()._score(examples, rollout, probes)
+        rng = np.random.default_rng(np.asarray(rollout.tokens).sum())
+
+        def flips(like: Any) -> Any:
+            return self._put(rng.integers(0, 2, np.shape(like)).astype(np.float32))
+
+        changed = [p and p._replace(reward=flips(p.reward)) for p in scored.probes]
+        blind = scored.rollout._replace(reward=flips(scored.rollout.reward))
+        return scored._replace(rollout=blind, probes=tuple(changed))
+
+
+def workdir(name: str, seed: int) -> Path:
+    """Of one run."""
+    return Path(OUT.value) / f"{name}-{seed}"
+
+
+def rl_lines(path: Path) -> list[dict[str, float]]:
+    """The step lines of stage 2."""
+    lines = [json.loads(x) for x in (path / "metrics.jsonl").read_text().splitlines()]
+    return [x for x in lines if x["stage"] == "rl" and "step_time" in x]
+
+
+def seconds(path: Path) -> float:
+    """Seconds of stage 2's steps, the two that compile counted as the median."""
+    times = sorted(x["step_time"] for x in rl_lines(path))
+    median = times[len(times) // 2]
+    return sum(min(t, 5 * median) for t in times)
+
+
+def config_of(name: str, seed: int) -> Any:
+    """The recipe with what the run changes."""
+    config = sudoku_dispo.get_config("tiny")
+    config.seed = seed
+    dispo = config.terms.dispo
+    if name == "dispo_calls":
+        config.steps = round(config.steps / (1 + dispo.fillings * dispo.states))
+    if name.startswith("diffu_grpo"):
+        dispo.weight = 0.0
+    if name == "diffu_grpo_seconds":
+        plain = workdir("diffu_grpo", seed)
+        ratio = seconds(workdir("dispo", seed)) / seconds(plain)
+        config.steps = round(len(rl_lines(plain)) * ratio)
+    return config
+
+
+def share_warm_start(name: str, seed: int) -> None:
+    """Starts from the warm start of the seed's dispo run."""
+    target = workdir(name, seed) / "checkpoints" / "warm_start"
+    if name != "dispo" and not target.exists():
+        shutil.copytree(workdir("dispo", seed) / "checkpoints" / "warm_start", target)
+
+
+def run(name: str, seed: int) -> None:
+    """One run to its end, unless it is there."""
+    path = workdir(name, seed)
+    if (path / "done").exists():
+        return
+    print(f"== {name}, seed {seed}", flush=True)
+    share_warm_start(name, seed)
+    config = config_of(name, seed).to_dict()
+    if name == "sft":
+        supervise(config, path, seconds(workdir("dispo", seed)))
+    else:
+        stage = {"shuffled": Shuffled, "coin": Coin}.get(name, stages.Reinforce)
+        trainer.train(recipe.build(config), path, config, stage)
+    (path / "done").touch()
+
+
+def supervise(config: dict[str, Any], path: Path, budget: float) -> None:
+    """Goes on with the warm start for `budget` seconds and writes evaluations like stage 2."""
+    made = recipe.build(config)
+    mesh = parallel.make_mesh(**made.mesh)
+    held = stages.Held(made, mesh)
+    weights, held.frozen = trainer.initial_weights(made, mesh)
+    warm = stages.WarmStart(made, mesh, held)
+    loop = trainer.Loop(made, path, lambda: False)
+    start = loop.run(warm, weights).trainable
+    names, splits = list(held.samplers), made.evaluation.splits
+
+    def evaluate(trainable: Any, step: int) -> None:
+        for split in splits:
+            loop.metrics.write(step, "rl", held.measure(trainable, split, names).values)
+
+    evaluate(start, 0)
+    longer = dataclasses.replace(made.warm_start, steps=10**6)
+    stage = stages.WarmStart(made._replace(warm_start=longer), mesh, held)
+    state, spent, step = stage.init(start), 0.0, 0
+    key = stages.jax.random.key(made.seed + 1000)
+    while spent < budget:
+        index = np.asarray(next(stage.batches))
+        state, values, _ = stage.step(state, step, index, stages.jax.random.fold_in(key, step))
+        loop.metrics.write(step + 1, "rl", values)
+        spent += values["step_time"] if step > 1 else 0.0
+        step += 1
+    evaluate(state.trainable, step)
+
+
+def table() -> str:
+    """Mean change of the solve rate in points with a 95% t-interval over seeds."""
+    done = sorted(Path(OUT.value).glob("*/done"))
+    runs: dict[str, list[Path]] = {}
+    for flag in done:
+        runs.setdefault(flag.parent.name.rpartition("-")[0], []).append(flag.parent)
+    rows = []
+    for name in [n for n in ORDER if n in runs]:
+        for split in ("test", "test_multi"):
+            rows.append(_row(name, split, runs[name]))
+    return "\n".join([_HEADER, *rows])
+
+
+ORDER = (
+    "dispo",
+    "diffu_grpo",
+    "diffu_grpo_seconds",
+    "dispo_calls",
+    "shuffled",
+    "coin",
+    "sft",
+)
+_HEADER = (
+    "| run | boards | seeds | steps | reward calls | seconds | sampled, 4 steps | "
+    "16 steps | 8 steps | 4 steps | least change |\n" + "|---" * 11 + "|"
+)
+_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""97.5% points of Student's t for n - 1 degrees of freedom."""
+
+
+def _row(name: str, split: str, paths: list[Path]) -> str:
+    cells, least = [], []
+    for setting in ("sampled_4", "greedy_16", "greedy_8", "greedy_4"):
+        pairs = [_before_after(p, f"eval/{split}/{setting}/solved") for p in paths]
+        change = [100 * (b - a) for a, b in pairs]
+        before, after = (100 * np.mean(x) for x in zip(*pairs, strict=True))
+        half = ""
+        if len(change) > 1:
+            half = f" ± {_T[len(change)] * np.std(change, ddof=1) / len(change) ** 0.5:.1f}"
+        cells.append(f"{before:.1f} → {after:.1f} ({np.mean(change):+.1f}{half})")
+        least.append(min(change))
+    lines = [rl_lines(p) for p in paths]
+    calls = [_calls(x) for x in lines]
+    boards = "one solution" if split == "test" else "several"
+    return " | ".join(
+        [
+            f"| {name}",
+            boards,
+            str(len(paths)),
+            f"{np.mean([len(x) for x in lines]):.0f}",
+            f"{np.mean(calls):,.0f}",
+            f"{np.mean([seconds(p) for p in paths]):.0f}",
+            *cells,
+            f"{min(least):+.1f} |",
+        ]
+    )
+
+
+def _before_after(path: Path, name: str) -> tuple[float, float]:
+    found = {m: (a, b) for m, a, b in trainer.before_after(path)}
+    return found[name]
+
+
+def _calls(lines: list[dict[str, float]]) -> int:
+    config = sudoku_dispo.get_config("tiny")
+    rows = config.prompts_per_step * config.num_generations
+    probes = config.terms.dispo.fillings * config.terms.dispo.states
+    return sum(rows * (1 + probes * ("dispo/step_reward" in x)) for x in lines if "reward" in x)
+
+
+def main(argv: list[str]) -> None:
+    """Runs what is missing, then prints the table."""
+    del argv
+    if not TABLE.value:
+        for seed in map(int, SEEDS.value):
+            for name in RUNS.value:
+                run(name, seed)
+    print(table())
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -28,7 +28,7 @@ def get_config(arg=None):
 def tiny():
     unbiased = {"p_mask_prompt": 0.0, "beta": 0.0}  # there is no prompt, and no reference is kept
     return common.base(
-        task=make_task("sudoku", style="compact", reward="board"),
+        task=make_task("sudoku", style="grid", reward="board"),
         tokenizer="characters",
         model=make_model(
             vocab_size=16,  # set from the tokenizer, as are the special ids
@@ -40,27 +40,27 @@ def tiny():
             n_kv_heads=4,
             mlp_hidden_size=176,
             max_sequence_length=64,
-            rope_theta=100.0,  # boards are 16 tokens long
+            rope_theta=100.0,  # a drawn board is 29 tokens long
             dtype="float32",
             param_dtype="float32",
             remat="none",
         ),
         max_prompt_length=0,
-        sampling=section(Sampling, length=16, steps=4, block_length=16, temperature=1.0),
+        sampling=section(Sampling, length=29, steps=4, block_length=29, temperature=1.0),
         terms={
             "diffu_grpo": term("diffu_grpo", 1.0, divide_by_std=True, **unbiased),
-            "dispo": term("dispo", 0.5, **unbiased),
+            "dispo": term("dispo", 2.0, fillings=8, state_law="uniform", **unbiased),
         },
         optimizer=section(
             Optimizer,
-            learning_rate=3e-4,
+            learning_rate=4e-4,
             schedule="cosine",
             warmup_steps=10,
-            final_fraction=0.1,
+            final_fraction=0.02,
             weight_decay=0.0,
             clip_norm=1.0,
         ),
-        loop=section(Loop, steps=320, prompts_per_step=32, num_generations=8, rollout_chunks=2),
+        loop=section(Loop, steps=360, prompts_per_step=64, num_generations=4, rollout_chunks=2),
         warm_start=make_warm_start(
             steps=400,
             target=0.4,

@@ -27,7 +27,7 @@ class Lines:
     def cut(self, size: int) -> None:
         """Drops everything after `size` bytes: lines newer than the checkpoint restored."""
         if self._active and self.path.exists():
-            os.truncate(self.path, size)
+            os.truncate(self.path, min(size, self.size()))
 
 
 def _finite(value: Any) -> Any:
@@ -75,7 +75,7 @@ def known(writers: Iterable[str]) -> tuple[str, ...]:
 def _tensorboard(workdir: Path, run: str) -> Any:
     from tensorboardX import SummaryWriter
 
-    board = SummaryWriter(str(workdir / "tensorboard"))
+    board = SummaryWriter(str(workdir / "tensorboard"), flush_secs=1)
 
     def write(step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ class StepResult(NamedTuple):
     completions: list[dict[str, Any]]
 
 
+@runtime_checkable
 class Stage(Protocol):
     """A stage as the loop sees it."""
 

@@ -17,16 +17,19 @@ def characters(alphabet: str) -> Any:
     Ids: the mask token 0, EOS (also padding) 1, then the sorted alphabet. Returns a
     `transformers.PreTrainedTokenizerFast`: it saves, loads and decodes like any other.
 
+    BLANK gets no token, as it marks masked positions in a template and in a decoded text.
+
     Raises:
-      ValueError: the alphabet is empty or contains BLANK, which marks masked positions.
+      ValueError: the alphabet is empty.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import tokenizers
     import transformers
 
-    if not alphabet or BLANK in alphabet:
-        raise ValueError(f"alphabet {alphabet!r} must have characters and no {BLANK!r}")
-    vocab = {t: i for i, t in enumerate([MASK, EOS, *sorted(set(alphabet))])}
+    letters = sorted(set(alphabet) - {BLANK})
+    if not letters:
+        raise ValueError(f"alphabet {alphabet!r} has no character to make a token of")
+    vocab = {t: i for i, t in enumerate([MASK, EOS, *letters])}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token=None))
     core.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(?m)."), "isolated")
     core.decoder = tokenizers.decoders.Fuse()

@@ -59,7 +59,7 @@ class Console:
         self._solved = f"  solved {' '.join(rates)}" if rates else self._solved
 
     def table(self, title: str, rows: Sequence[tuple[str, float, float]]) -> None:
-        """Before/after table of rates in percent (other values as they are)."""
+        """Before/after table of rates, in percent; the change in points."""
         if not self._active:
             return
         self._clear()
@@ -67,11 +67,8 @@ class Console:
         for name in ("metric", "before", "after", "change"):
             table.add_column(name, justify="left" if name == "metric" else "right")
         for name, before, after in rows:
-            rate = name.endswith(("solved", "cells", "reward"))
-            scale, unit = (100.0, " %") if rate else (1.0, "")
-            numbers = (before * scale, after * scale)
-            change = f"{numbers[1] - numbers[0]:+.1f}"
-            table.add_row(name.removeprefix("eval/"), *(f"{n:.1f}{unit}" for n in numbers), change)
+            numbers = (f"{100 * before:.1f} %", f"{100 * after:.1f} %")
+            table.add_row(name.removeprefix("eval/"), *numbers, f"{100 * (after - before):+.1f}")
         Terminal().print(table)
 
     def _clear(self) -> None:

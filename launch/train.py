@@ -44,7 +44,8 @@ def main(argv: list[str]) -> None:
         trainer.train(made, workdir, config)
     except (ValueError, OSError, trainer.NotFiniteError, CheckpointError) as error:
         sys.exit(f"error: {error}")
-    console.Console().table("Held-out, before and after training", trainer.before_after(workdir))
+    rows = [r for r in trainer.before_after(workdir) if r[0].endswith(("/solved", "/cells"))]
+    console.Console().table("Held-out, before and after stage 2", rows)
     print(f"report {workdir / 'report.html'}")
 
 

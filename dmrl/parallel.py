@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
@@ -55,10 +55,11 @@ def path_name(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def shardings(mesh: Mesh, tree: Any) -> Any:
+def shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """A NamedSharding for every leaf of `tree` (weights, adapter, or a state that holds them).
 
-    A named axis is dropped where the dimension does not divide by it, and on scalars.
+    A named axis is dropped where the dimension does not divide by it, on scalars, and where it
+    cuts nothing: layouts that are the same are then equal, and find the same compiled program.
     """
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -69,26 +70,28 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     if len(spec) > len(shape):
         return P()
     axes = [
-        axis if axis is not None and size % mesh.shape[axis] == 0 else None
+        axis if axis and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
         for axis, size in zip(spec, shape, strict=False)
     ]
+    while axes and axes[-1] is None:
+        axes.pop()
     return P(*axes)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Rows over the data and fsdp axes."""
     return NamedSharding(mesh, BATCH)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The same everywhere."""
     return NamedSharding(mesh, P())
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """In how many pieces the batch axis is cut."""
     return int(mesh.shape["data"] * mesh.shape["fsdp"])

@@ -176,7 +176,7 @@ class Programs:
             trainable, opt_state = carry
             grads, metrics = self._gradient(trainable, frozen, reference, batches)
             updates, opt_state = self.optimizer.update(grads, opt_state, trainable)
-            metrics["grad_norm"] = optax.global_norm(grads)
+            metrics["grad_norm"] = optax.tree.norm(grads)
             return (optax.apply_updates(trainable, updates), opt_state), metrics
 
         carry = (state.trainable, state.opt_state)
@@ -186,7 +186,10 @@ class Programs:
             batches = jax.lax.map(prepare, jnp.arange(self.inner_updates))
             (trainable, opt_state), stacked = jax.lax.scan(inner_update, carry, batches)
             metrics = {name: jnp.mean(values) for name, values in stacked.items()}
-        return TrainState(state.step + 1, trainable, opt_state), metrics
+        state = TrainState(state.step + 1, trainable, opt_state)
+        # The layout it came with, so that the next step finds the program that this one compiled.
+        layout = parallel.shardings(self.mesh, state)
+        return jax.lax.with_sharding_constraint(state, layout), metrics
 
     def _gradient(self, trainable, frozen, reference, batches):
         """Gradient and metric sums of the weighted objective, over strided microbatches."""

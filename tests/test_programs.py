@@ -1,0 +1,265 @@
+"""The two compiled programs: compiled once, and the same whatever the pieces."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax._src import monitoring  # listeners can be removed there only
+from tiny import assert_close
+
+from dmrl import models, parallel
+from dmrl.diffusion.sampler import Sampling
+from dmrl.programs import Programs, make_term, needs_reference
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+MODEL = models.Config(
+    vocab_size=9,
+    d_model=16,
+    n_layers=1,
+    n_heads=2,
+    n_kv_heads=2,
+    mlp_hidden_size=24,
+    max_sequence_length=32,
+    mask_token_id=0,
+    eos_token_id=1,
+    dtype="float32",
+    param_dtype="float32",
+    remat="none",
+)
+SAMPLING = Sampling(length=8, steps=4, block_length=4, temperature=1.0)
+PROMPTS, GROUP, PROMPT_LENGTH = 4, 2, 3
+ROWS = PROMPTS * GROUP
+TERMS = (
+    make_term("diffu_grpo", 1.0, {"beta": 0.0, "divide_by_std": True}),
+    make_term("dispo", 0.5, {"beta": 0.0, "states": 2, "fillings": 3}),
+)
+KEY = jax.random.key(11)
+
+
+@functools.cache
+def programs(terms=TERMS, inner=1, pieces=1, optimizer=None, cfg=MODEL):
+    mesh = parallel.make_mesh()
+    chain = optimizer or optax.adam(1e-2)
+    return Programs(cfg, terms, SAMPLING, chain, mesh, GROUP, inner, pieces)
+
+
+@functools.cache
+def variables(cfg=MODEL):
+    return jax.tree.map(np.asarray, models.init(cfg, jax.random.key(0)))
+
+
+def fresh(tree):
+    """A copy: `update` consumes the state it is given."""
+    return jax.tree.map(jax.numpy.array, tree)
+
+
+def prompts(seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(2, 9, (PROMPTS, PROMPT_LENGTH)).astype(np.int32)
+    valid = np.arange(PROMPT_LENGTH) >= rng.integers(0, 3, (PROMPTS, 1))
+    template = rng.integers(2, 9, (PROMPTS, SAMPLING.length)).astype(np.int32)
+    masked = rng.random(template.shape) < 0.7
+    return tokens, valid, np.where(masked, 0, template).astype(np.int32)
+
+
+def reward(tokens):
+    """A reward that the host could give: the share of even tokens."""
+    return np.mean(np.asarray(tokens) % 2 == 0, axis=-1, dtype=np.float32)
+
+
+def scored(rollout, probes):
+    return rollout._replace(reward=reward(rollout.tokens)), tuple(
+        None if p is None else p._replace(reward=reward(p.fills)) for p in probes
+    )
+
+
+def sampled(p, chunks=1, seed=0, trainable=None, frozen=None):
+    """Scored rollout chunks, as a step makes them."""
+    trainable = variables()["params"] if trainable is None else trainable
+    cut = [np.split(x, chunks) for x in prompts(seed)]
+    size = ROWS // chunks
+    done = [
+        p.rollout(trainable, frozen, tuple(x[i] for x in cut), i * size, KEY) for i in range(chunks)
+    ]
+    return tuple(zip(*(scored(*chunk) for chunk in done), strict=True))
+
+
+def updated(p, chunks, trainable=None, frozen=None):
+    trainable = variables()["params"] if trainable is None else trainable
+    state, metrics = p.update(p.init_state(fresh(trainable)), frozen, *chunks, KEY)
+    return jax.tree.map(np.asarray, state), {k: float(v) for k, v in metrics.items()}
+
+
+def joined(chunks):
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *chunks)
+
+
+@pytest.mark.parametrize("chunks", [2, 4])
+def test_a_rollout_in_chunks_is_the_whole_rollout(chunks):
+    whole, pieces = sampled(programs()), sampled(programs(), chunks)
+    for a, b in zip(whole, pieces, strict=True):
+        a, b = joined(a), joined(b)
+        for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+            if np.issubdtype(x.dtype, np.integer):
+                np.testing.assert_array_equal(x, y, err_msg=str(path))
+            else:
+                np.testing.assert_allclose(x, y, atol=1e-5, err_msg=str(path))
+    state, metrics = updated(programs(), whole)
+    cut_state, cut_metrics = updated(programs(), pieces)
+    assert_close(cut_state.trainable, state.trainable, rtol=1e-5)
+    assert cut_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+
+
+def test_rows_of_a_group_differ_and_follow_the_key():
+    (rollout,), _ = sampled(programs())
+    tokens = np.asarray(rollout.tokens)
+    assert np.asarray(rollout.row).tolist() == list(range(ROWS))
+    assert np.asarray(rollout.group).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert any((tokens[i] != tokens[i + 1]).any() for i in range(0, ROWS, GROUP))
+    other, _ = programs().rollout(variables()["params"], None, prompts(), 0, jax.random.key(12))
+    assert (np.asarray(other.tokens) != tokens).any()
+    again, _ = programs().rollout(variables()["params"], None, prompts(), 0, KEY)
+    assert (np.asarray(again.tokens) == tokens).all()
+
+
+def gradients(pieces, inner, terms=TERMS):
+    """Parameters after plain gradient steps of size 1: minus the gradient, if there is one step."""
+    p = programs(terms, inner, pieces, _plain())
+    before = variables()["params"]
+    state, metrics = updated(p, sampled(programs(TERMS)) if terms is TERMS else sampled(p))
+    return jax.tree.map(np.subtract, before, state.trainable), metrics
+
+
+@functools.cache
+def _plain():
+    return optax.sgd(1.0)
+
+
+@pytest.mark.parametrize("inner", [1, 3])
+@pytest.mark.parametrize("pieces", [2, 4, 8])
+def test_the_accumulated_gradient_is_the_full_one(pieces, inner):
+    full, metrics = gradients(1, inner)
+    cut, cut_metrics = gradients(pieces, inner)
+    assert_close(cut, full, rtol=2e-5)
+    assert cut_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+    assert metrics["grad_norm"] > 1e-3
+
+
+def test_pieces_hold_unequal_numbers_of_tokens():
+    """Else the test above could not tell a sum from a mean of means."""
+    (rollout,), _ = sampled(programs())
+    counted = np.sum(np.asarray(rollout.reveal_step) >= 0, axis=1)
+    assert len({counted[i::4].sum() for i in range(4)}) > 1
+
+
+def test_inner_updates_go_further_than_one():
+    distance = [float(optax.tree.norm(gradients(1, inner)[0])) for inner in (1, 3)]
+    assert distance[1] > 1.05 * distance[0]
+
+
+def test_pieces_that_do_not_divide_the_items_are_refused():
+    with pytest.raises(ValueError, match="microbatches=3 does not divide the 8 items of a term"):
+        updated(programs(TERMS, 1, 3), sampled(programs()))
+
+
+@pytest.mark.parametrize("inner", [1, 2])
+def test_nothing_compiles_after_the_first_step(inner):
+    p = programs(TERMS, inner, 2)
+    compiled = []
+
+    def listen(name, seconds, **kwargs):
+        if name == "/jax/core/compile/backend_compile_duration":
+            compiled.append(name)
+
+    state = p.init_state(fresh(variables()["params"]))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for number in range(4):
+            if number == 1:
+                assert compiled, "the first step compiles: the listener must have heard it"
+                compiled.clear()
+            chunks = []
+            for i in range(2):
+                halves = tuple(x[2 * i : 2 * i + 2] for x in prompts(seed=number))
+                key = jax.random.fold_in(KEY, number)
+                chunk = p.rollout(state.trainable, None, halves, i * ROWS // 2, key)
+                chunks.append(_put(p, *chunk))
+            state, metrics = p.update(state, None, *zip(*chunks, strict=True), key)
+            assert np.isfinite(jax.device_get(metrics["loss"]))
+    finally:
+        monitoring.unregister_event_duration_listener(listen)
+    assert compiled == []
+    assert p._rollout._cache_size() == p._update._cache_size() == 1
+    assert int(state.step) == 4
+
+
+def _put(p, rollout, probes):
+    rollout, probes = scored(rollout, probes)
+    layout = parallel.batch_sharding(p.mesh)
+    return rollout._replace(reward=jax.device_put(rollout.reward, layout)), tuple(
+        None if x is None else x._replace(reward=jax.device_put(x.reward, layout)) for x in probes
+    )
+
+
+LORA = models.Config(**{**vars(MODEL), "lora_rank": 4, "lora_alpha": 8.0})
+KL = (make_term("diffu_grpo", 1.0, {"beta": 0.5}), make_term("dispo", 1.0, {"beta": 0.25}))
+
+
+@pytest.mark.parametrize("cfg", [MODEL, LORA], ids=["full", "lora"])
+def test_the_reference_is_the_policy_at_first_and_never_moves(cfg):
+    assert needs_reference(KL)
+    p = programs(KL, 1, 1, None, cfg)
+    made = variables(cfg)
+    trainable = made["lora"] if cfg.lora_rank else made["params"]
+    frozen = fresh(made["params"])
+    state = p.init_state(fresh(trainable))
+    kl = []
+    for number in range(4):
+        key = jax.random.fold_in(KEY, number)
+        rollout, probes = scored(*p.rollout(state.trainable, frozen, prompts(), 0, key))
+        state, metrics = p.update(state, frozen, [rollout], [probes], key)
+        kl.append((float(metrics["kl"]), float(metrics["dispo/kl"])))
+    assert kl[0] == (0.0, 0.0)
+    assert all(a > 0 and b > 0 for a, b in kl[1:])
+    for before, after in zip(jax.tree.leaves(made["params"]), jax.tree.leaves(frozen), strict=True):
+        np.testing.assert_array_equal(after, before)
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.trainable, trainable)
+    assert any(jax.tree.leaves(moved))
+
+
+def test_without_a_penalty_there_is_no_reference():
+    assert not needs_reference(TERMS)
+    _, metrics = updated(programs(), sampled(programs()))
+    assert not [name for name in metrics if "kl" in name]
+
+
+def test_terms_are_weighted_and_their_metrics_told_apart():
+    grpo, dispo = (make_term(t.name, 1.0, vars(t.hyper)) for t in TERMS)
+    losses = {}
+    for name, terms in {
+        "grpo": (grpo,),
+        "both": (grpo, make_term("dispo", 0.5, vars(dispo.hyper))),
+        "twice": (grpo, make_term("dispo", 1.0, vars(dispo.hyper))),
+    }.items():
+        losses[name], metrics = gradients(1, 1, terms)
+    assert "dispo/clip_ratio/region_mean" in metrics
+    half = jax.tree.map(np.subtract, losses["both"], losses["grpo"])
+    whole = jax.tree.map(np.subtract, losses["twice"], losses["grpo"])
+    assert_close(jax.tree.map(lambda x: 2 * x, half), whole, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("diffugrpo", {}, r"no algorithm 'diffugrpo'; did you mean 'diffu_grpo'\?"),
+        ("surrogate", {}, "no algorithm 'surrogate'"),
+        ("dispo", {"filling": 2}, r"dispo has no option 'filling'; did you mean 'fillings'\?"),
+        ("dispo", {"state_law": "last"}, "state_law='last': choose one of"),
+        ("diffu_grpo", {"beta": -1.0}, "beta=-1.0 must be >= 0"),
+    ],
+)
+def test_terms_that_cannot_be_made(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_term(name, 1.0, options)

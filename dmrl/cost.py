@@ -88,7 +88,7 @@ class Memory(NamedTuple):
 
 
 def memory(
-    s: Shape, sequences: float, length: int, block: int, shards: int, full_ft_ref: bool
+    s: Shape, sequences: int, length: int, block: int, shards: int, full_ft_ref: bool
 ) -> Memory:
     """Per device, weights and state over `shards` devices, `sequences` a device at a time.
 

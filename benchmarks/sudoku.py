@@ -10,8 +10,8 @@ Held-out test boards are decoded once before and once after; nothing is chosen o
     diffu_grpo         without the DiSPO term, equal rollouts
     diffu_grpo_seconds without it, as many steps as fit into dispo's seconds
     dispo_calls        dispo with as many reward calls as diffu_grpo makes
-    shuffled           dispo, rewards permuted within every group and among siblings
-    coin               dispo, a coin flip for a reward
+    shuffled           dispo, rewards permuted within every group and among siblings; 120 steps
+    coin               dispo, a coin flip for a reward; 120 steps
     sft                supervised training for dispo's seconds, from the same warm start
 """
 
@@ -37,7 +37,8 @@ SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds")
 OUT = flags.DEFINE_string("out", "runs/sudoku", "Where the workdirs live")
 TABLE = flags.DEFINE_bool("table", False, "Only print the table of finished runs")
 
-REWARD_CHANGES = ("shuffled", "coin")
+SHORT = {"shuffled": 120, "coin": 120}
+"""Steps of the runs that can only show that nothing is learned."""
 
 
 class Shuffled(stages.Reinforce):
@@ -94,6 +95,7 @@ def config_of(name: str, seed: int) -> Any:
     """The recipe with what the run changes."""
     config = sudoku_dispo.get_config("tiny")
     config.seed = seed
+    config.steps = SHORT.get(name, config.steps)
     dispo = config.terms.dispo
     if name == "dispo_calls":
         config.steps = round(config.steps / (1 + dispo.fillings * dispo.states))

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     """Builds the recipe, then calls the trainer."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: options start with --config.")
-    from dmrl import console, recipe, trainer
+    from dmrl import console, parallel, recipe, trainer
     from dmrl.checkpoint import CheckpointError
 
     logging.getLogger("jax").setLevel(logging.WARNING)
@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
 
             print(CONFIG.value)
             print(cost.dry_run(made))
+            print(f"mesh here         {dict(parallel.make_mesh(**made.mesh).shape)}")
             return
         workdir = Path(WORKDIR.value or default_workdir())
         print(f"workdir {workdir}", flush=True)

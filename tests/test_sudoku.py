@@ -103,6 +103,33 @@ def test_compact_template_is_the_board():
     assert set(task.template(PUZZLE)) - {BLANK} <= set(task.alphabet)
 
 
+def test_drawn_board_has_lines_between_rows_and_boxes():
+    task = tasks.load("sudoku", style="grid")
+    drawn = task.template(PUZZLE)
+    assert drawn == "43|2_\n__|43\n--+--\n3_|1_\n__|_4"
+    assert task.prompt(PUZZLE) == ""
+    assert set(drawn) - {BLANK} | set("1234") == set(task.alphabet)
+    assert "".join(drawn[c] for row in task.grid for c in row) == PUZZLE.puzzle.replace("0", BLANK)
+
+
+def test_drawn_board_is_scored_cell_by_cell_and_only_as_drawn():
+    task = tasks.load("sudoku", style="grid")
+    answer = task.answer(PUZZLE)
+    assert task.score(PUZZLE, answer) == {"reward": 1.0, "solved": 1.0, "cells": 1.0}
+    one_wrong = answer[:4] + "4" + answer[5:]
+    assert answer[4] != "4"
+    assert task.score(PUZZLE, one_wrong) == {"reward": 0.0, "solved": 0.0, "cells": 7 / 8}
+    for spoiled in (answer[:-1], answer + "4", answer.replace("+", "-"), answer[1:] + "1"):
+        assert task.score(PUZZLE, spoiled)["solved"] == 0.0, spoiled
+
+
+@pytest.mark.parametrize("style", ["compact", "grid", "published"])
+def test_reference_answers_solve_the_board(style):
+    task = tasks.load("sudoku", style=style, held_out_size=20)
+    for example in task.examples("validation"):
+        assert task.score(example, task.answer(example))["solved"] == 1.0
+
+
 def test_sudoku_splits_share_no_solution():
     task = tasks.load("sudoku")
     splits = {name: task.examples(name) for name in ("train", "validation", "test")}

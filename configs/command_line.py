@@ -40,14 +40,14 @@ def _unknown_key(argv: list[str]) -> str:
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    if close := difflib.get_close_matches(key, known, n=1):
-        return f"; did you mean --config.{close[0]}?"
-    section, dot, last = key.rpartition(".")
-    siblings = [
-        k for k in known if k.startswith(section + dot) and "." not in k[len(section) + 1 :]
-    ]
-    inside = [k for k in known if k.rpartition(".")[2] == last] or siblings or known
-    return f"; there are {', '.join(inside)}"
+    section, _, last = key.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    close = [siblings[k] for k in difflib.get_close_matches(last, siblings, n=1, cutoff=0.5)]
+    elsewhere = [k for k in known if k.rpartition(".")[2] == last]
+    misspelt = [] if siblings else difflib.get_close_matches(key, known, n=1)
+    if found := close or elsewhere or misspelt:
+        return f"; did you mean --config.{found[0]}?"
+    return f"; there are {', '.join(siblings.values() or known)}"
 
 
 def _keys(tree: Mapping, prefix: str = "") -> list[str]:

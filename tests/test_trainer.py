@@ -1,0 +1,287 @@
+"""Whole runs in this process: what they write, what they refuse, what never changes."""
+
+import dataclasses
+import importlib.metadata
+import json
+import re
+import signal
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from running import config, rows, timeless
+
+from dmrl import models, parallel, recipe, stages, trainer
+from dmrl.checkpoint import Checkpoints
+from dmrl.held import Held
+from dmrl.models import weights
+
+pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
+
+
+@pytest.fixture(scope="module")
+def compile_once(tmp_path_factory):
+    """Runs of one shape share their compiled programs."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    compilation_cache.reset_cache()
+
+
+def run(workdir, options, **overrides):
+    options = options or config(**overrides)
+    return trainer.train(recipe.build(options), workdir, options)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, quick_compile, compile_once):
+    """A finished run and what it returned."""
+    workdir = tmp_path_factory.mktemp("done") / "run"
+    final = run(workdir, None, evaluation__steps=(2,), rollout_chunks=2)
+    return workdir, final
+
+
+def test_config_json_says_what_ran(done):
+    written = json.loads((done[0] / "config.json").read_text())
+    expected = config(evaluation__steps=(2,), rollout_chunks=2)
+    assert written["config"] == json.loads(json.dumps(expected))
+    assert re.fullmatch(r"[0-9a-f]{40}\+?", written["git"])
+    for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain"):
+        assert written["packages"][name] == importlib.metadata.version(name)
+    assert written["device"].endswith(f"x{jax.device_count()}")
+
+
+def test_metrics_have_a_line_a_step_and_a_line_an_evaluation(done):
+    lines = rows(done[0] / "metrics.jsonl")
+    steps = [(r["stage"], r["step"]) for r in lines if "loss" in r]
+    assert steps == [("warm_start", 1), ("warm_start", 2), ("rl", 1), ("rl", 2), ("rl", 3)]
+    evaluated = [(r["stage"], r["step"]) for r in lines if any(k.startswith("eval/") for k in r)]
+    assert evaluated == [("warm_start", 2), ("rl", 0), ("rl", 2), ("rl", 3)]
+    for row in lines:
+        assert all(np.isfinite(v) for v in row.values() if isinstance(v, float)), row
+    step = next(r for r in lines if r["stage"] == "rl" and "loss" in r)
+    assert {
+        "loss", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std",
+        "entropy", "num_tokens", "completions/mean_length", "rewards/solved/mean",
+        "dispo/step_reward", "dispo/step_reward_std", "dispo/frac_reward_zero_std",
+        "clip_ratio/region_mean", "time/rollout", "time/reward", "time/update", "step_time",
+        "tokens_per_s",
+    } <= step.keys()  # fmt: skip
+    assert 0 < step["num_tokens"] <= 8 * 16
+    assert step["step_time"] >= step["time/update"] > 0
+
+
+def test_the_final_evaluation_is_returned_and_compared_with_the_first(done):
+    workdir, final = done
+    last = rows(workdir / "metrics.jsonl")[-1]
+    assert final == {k: v for k, v in last.items() if k.startswith("eval/")}
+    assert {k.split("/")[2] for k in final} == {"sampled_4", "greedy_2"}
+    compared = {name: (a, b) for name, a, b in trainer.before_after(workdir)}
+    first = next(r for r in rows(workdir / "metrics.jsonl") if (r["stage"], r["step"]) == ("rl", 0))
+    assert compared == {name: (first[name], final[name]) for name in final}
+
+
+def test_trajectories_before_and_after_for_every_setting(done):
+    found = rows(done[0] / "trajectories.jsonl")
+    order = [(r["when"], r["setting"], r["id"]) for r in found]
+    assert order == [
+        (when, setting, i)
+        for when in ("before", "after")
+        for setting in ("sampled_4", "greedy_2")
+        for i in (0, 1)
+    ]
+    for row in found:
+        given = [c != "_" for c in row["template"]]
+        assert [step == -1 for step in row["reveal_step"]] == given
+        assert [flag is None for flag in row["correct"]] == given
+        assert max(row["reveal_step"]) < row["steps"] == int(row["setting"].split("_")[1])
+        assert all(p <= 0 for p in row["log_prob"])
+        share = np.mean([flag for flag in row["correct"] if flag is not None])
+        if "" not in row["tokens"]:
+            assert row["metrics"]["cells"] == pytest.approx(share)
+
+
+def test_completions_are_written_every_so_often(done):
+    found = rows(done[0] / "completions.jsonl")
+    assert [r["step"] for r in found] == [2] * 8
+    for row in found:
+        assert len(row["template"]) == 16
+        assert {"prompt", "completion", "reward", "solved", "cells"} <= row.keys()
+    reward = next(
+        r["reward"] for r in rows(done[0] / "metrics.jsonl") if r["step"] == 2 and "reward" in r
+    )
+    assert np.mean([r["reward"] for r in found]) == pytest.approx(reward, abs=1e-6)
+
+
+def test_the_report_shows_the_run(done):
+    page = (done[0] / "report.html").read_text()
+    assert "warm_start" in page
+    assert "sampled_4" in page
+
+
+def test_a_finished_run_is_left_alone(done, capsys):
+    workdir, final = done
+    before = {p: p.read_bytes() for p in workdir.glob("*.jsonl")}
+    assert run(workdir, None, evaluation__steps=(2,), rollout_chunks=2) == final
+    assert {p: p.read_bytes() for p in workdir.glob("*.jsonl")} == before
+    assert "rl: resumed after step 3" in capsys.readouterr().out
+
+
+def test_another_config_is_refused_by_name(done):
+    wanted = r"holds a run with seed=0, this one has 7: choose another --workdir"
+    with pytest.raises(ValueError, match=wanted):
+        run(done[0], None, evaluation__steps=(2,), rollout_chunks=2, seed=7)
+    with pytest.raises(ValueError, match=r"evaluation.steps=\[2\], this one has \[\]"):
+        run(done[0], None, rollout_chunks=2)
+
+
+def test_chunks_of_a_rollout_change_no_completion(done, tmp_path):
+    run(tmp_path / "run", None, evaluation__steps=(2,), rollout_chunks=4)
+    assert (tmp_path / "run" / "completions.jsonl").read_bytes() == (
+        done[0] / "completions.jsonl"
+    ).read_bytes()
+    for a, b in zip(
+        timeless(rows(tmp_path / "run" / "metrics.jsonl")),
+        timeless(rows(done[0] / "metrics.jsonl")),
+        strict=True,
+    ):
+        assert a.pop("stage") == b.pop("stage")
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+def test_a_fresh_run_drops_stray_lines_and_its_warm_start_stops_at_the_target(tmp_path):
+    """The lines are those of a run that was killed before its first checkpoint."""
+    for name in trainer.FILES:
+        (tmp_path / name).write_text('{"step": 1, "stage": "warm_start", "loss": 0.0}\n')
+    run(tmp_path, None, warm_start__target=0.0, warm_start__evaluate_every=1, steps=1)
+    found = [(r["stage"], r["step"]) for r in rows(tmp_path / "metrics.jsonl")]
+    assert found == [*[("warm_start", 1)] * 2, ("rl", 0), ("rl", 1), ("rl", 1)]
+    assert len(rows(tmp_path / "trajectories.jsonl")) == 4
+
+
+def test_divergence_stops_the_run_and_names_the_step(tmp_path):
+    options = {
+        "optimizer__learning_rate": 1e30,
+        "optimizer__warmup_steps": 1,
+        "optimizer__schedule": "constant",
+        "warm_start__steps": 0,
+        "checkpoint_every": 1,
+        "steps": 6,
+    }
+    with pytest.raises(trainer.NotFiniteError, match=r"rl step \d: (loss|grad_norm) is (nan|inf)"):
+        run(tmp_path, None, **options)
+    steps = [r["step"] for r in rows(tmp_path / "metrics.jsonl") if "loss" in r]
+    assert Checkpoints(tmp_path / "checkpoints" / "rl").steps() == steps[-2:]
+
+
+NOT_A_NUMBER = """
+import dataclasses
+from dmrl.tasks import sudoku
+
+@dataclasses.dataclass(frozen=True)
+class Task(sudoku.Task):
+    def score(self, example, completion):
+        return super().score(example, completion) | {"reward": float("nan")}
+"""
+
+
+def test_a_reward_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
+    package = tmp_path / "mytasks"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "broken.py").write_text(NOT_A_NUMBER)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = config(warm_start__steps=0)
+    options["task"]["name"] = "mytasks.broken"
+    with pytest.raises(trainer.NotFiniteError, match="rl step 1: loss is nan"):
+        run(tmp_path / "run", options)
+    assert Checkpoints(tmp_path / "run" / "checkpoints" / "rl").steps() == []
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        assert "NaN" not in line
+    sys.modules.pop("mytasks.broken")
+
+
+def test_sigterm_between_steps_saves_and_leaves(tmp_path, monkeypatch):
+    real = stages.Reinforce.step
+
+    def step(self, state, number, index, key):
+        if number == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, state, number, index, key)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(stages.Reinforce, "step", step)
+    with pytest.raises(SystemExit) as left:
+        run(tmp_path, None, checkpoint_every=0)
+    assert left.value.code == 0
+    assert Checkpoints(tmp_path / "checkpoints" / "rl").steps() == [1]
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_sigterm_at_the_end_of_a_stage_does_not_start_the_next(tmp_path, monkeypatch):
+    real = stages.WarmStart.step
+
+    def step(self, state, number, index, key):
+        if number == self.steps - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, state, number, index, key)
+
+    monkeypatch.setattr(stages.WarmStart, "step", step)
+    with pytest.raises(SystemExit):
+        run(tmp_path, None)
+    assert Checkpoints(tmp_path / "checkpoints" / "warm_start").steps()[-1] == 2
+    assert {r["stage"] for r in rows(tmp_path / "metrics.jsonl")} == {"warm_start"}
+
+
+BETA = {"terms__diffu_grpo__beta": 0.5, "terms__dispo__beta": 0.5}
+
+
+@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
+def test_the_reference_is_where_reinforcement_began(rank, tmp_path, monkeypatch):
+    made = recipe.build(config())
+    params = models.init(made.model, jax.random.key(3))["params"]
+    weights.save_weights(tmp_path / "weights", made.model, params)
+    seen = []
+
+    class Watched(Held):
+        def __init__(self, *args):
+            super().__init__(*args)
+            seen.append(self)
+
+    monkeypatch.setattr(trainer, "Held", Watched)
+    run(
+        tmp_path / "run",
+        None,
+        model__init_from=str(tmp_path / "weights"),
+        model__lora_rank=rank,
+        warm_start__steps=0,
+        optimizer__learning_rate=1e-2,
+        **BETA,
+    )
+    lines = [r for r in rows(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    assert lines[0]["kl"] == lines[0]["dispo/kl"] == 0
+    assert lines[-1]["kl"] > 0
+    for a, b in zip(jax.tree.leaves(seen[0].frozen), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    state = _last_state(tmp_path / "run", rank)
+    names = {parallel.path_name(p) for p, _ in jax.tree.leaves_with_path(state.trainable)}
+    assert any(n.endswith(("/a", "/b")) for n in names) == bool(rank)
+    if not rank:
+        assert np.any(np.asarray(state.trainable["head"]) != np.asarray(params["head"]))
+
+
+def _last_state(workdir, rank):
+    options = json.loads((workdir / "config.json").read_text())["config"]
+    made = recipe.build(options)
+    assert made.model == dataclasses.replace(made.model, lora_rank=rank)
+    mesh = parallel.make_mesh(**made.mesh)
+    trainable, _ = trainer.initial_weights(made, mesh)
+    state = stages.Reinforce(made, mesh, Held(made, mesh)).init(trainable)
+    found = Checkpoints(workdir / "checkpoints" / "rl").restore(state)
+    assert found is not None
+    return found[1]

@@ -12,7 +12,8 @@ Held-out test boards are decoded once before and once after; nothing is chosen o
     dispo_calls        dispo with as many reward calls as diffu_grpo makes
     shuffled           dispo, rewards permuted within every group and among siblings; 120 steps
     coin               dispo, a coin flip for a reward; 120 steps
-    sft                supervised training for dispo's seconds, from the same warm start
+    sft                supervised training for dispo's seconds from the same warm start, its
+                       learning rate annealed like dispo's
 """
 
 import dataclasses
@@ -26,11 +27,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT / "benchmarks"]
 sys.path.insert(0, str(ROOT))
 
+import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import app, flags  # noqa: E402
 
 from configs import sudoku_dispo  # noqa: E402
 from dmrl import parallel, recipe, stages, trainer  # noqa: E402
+from dmrl.held import Held  # noqa: E402
 
 RUNS = flags.DEFINE_list("runs", ["dispo", "diffu_grpo"], "Which runs")
 SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds")
@@ -78,17 +81,25 @@ def workdir(name: str, seed: int) -> Path:
     return Path(OUT.value) / f"{name}-{seed}"
 
 
-def rl_lines(path: Path) -> list[dict[str, float]]:
-    """The step lines of stage 2."""
+def step_lines(path: Path, stage: str) -> list[dict[str, float]]:
+    """The step lines of a stage."""
     lines = [json.loads(x) for x in (path / "metrics.jsonl").read_text().splitlines()]
-    return [x for x in lines if x["stage"] == "rl" and "step_time" in x]
+    return [x for x in lines if x["stage"] == stage and "step_time" in x]
+
+
+def rl_lines(path: Path) -> list[dict[str, float]]:
+    """Those of stage 2."""
+    return step_lines(path, "rl")
 
 
 def seconds(path: Path) -> float:
-    """Seconds of stage 2's steps, the two that compile counted as the median."""
-    times = sorted(x["step_time"] for x in rl_lines(path))
-    median = times[len(times) // 2]
-    return sum(min(t, 5 * median) for t in times)
+    """Median seconds of a step of stage 2, times its steps: compilation does not count."""
+    return median_step(path, "rl") * len(rl_lines(path))
+
+
+def median_step(path: Path, stage: str) -> float:
+    """Median seconds of a stage's steps."""
+    return float(np.median([x["step_time"] for x in step_lines(path, stage)]))
 
 
 def config_of(name: str, seed: int) -> Any:
@@ -109,10 +120,12 @@ def config_of(name: str, seed: int) -> Any:
 
 
 def share_warm_start(name: str, seed: int) -> None:
-    """Starts from the warm start of the seed's dispo run."""
+    """Starts from the warm start of the seed's dispo run; a killed control starts again."""
+    if name == "dispo":
+        return
+    shutil.rmtree(workdir(name, seed), ignore_errors=True)
     target = workdir(name, seed) / "checkpoints" / "warm_start"
-    if name != "dispo" and not target.exists():
-        shutil.copytree(workdir("dispo", seed) / "checkpoints" / "warm_start", target)
+    shutil.copytree(workdir("dispo", seed) / "checkpoints" / "warm_start", target)
 
 
 def run(name: str, seed: int) -> None:
@@ -124,40 +137,41 @@ def run(name: str, seed: int) -> None:
     share_warm_start(name, seed)
     config = config_of(name, seed).to_dict()
     if name == "sft":
-        supervise(config, path, seconds(workdir("dispo", seed)))
+        budget = seconds(workdir("dispo", seed))
+        supervise(config, path, round(budget / median_step(workdir("dispo", seed), "warm_start")))
     else:
         stage = {"shuffled": Shuffled, "coin": Coin}.get(name, stages.Reinforce)
         trainer.train(recipe.build(config), path, config, stage)
     (path / "done").touch()
 
 
-def supervise(config: dict[str, Any], path: Path, budget: float) -> None:
-    """Goes on with the warm start for `budget` seconds and writes evaluations like stage 2."""
+def supervise(config: dict[str, Any], path: Path, steps: int) -> None:
+    """Goes on with the warm start for `steps` and writes evaluations like stage 2."""
     made = recipe.build(config)
     mesh = parallel.make_mesh(**made.mesh)
-    held = stages.Held(made, mesh)
+    held = Held(made, mesh)
     weights, held.frozen = trainer.initial_weights(made, mesh)
     warm = stages.WarmStart(made, mesh, held)
     loop = trainer.Loop(made, path, lambda: False)
     start = loop.run(warm, weights).trainable
-    names, splits = list(held.samplers), made.evaluation.splits
+    settings, splits = held.settings, made.evaluation.splits
 
     def evaluate(trainable: Any, step: int) -> None:
         for split in splits:
-            loop.metrics.write(step, "rl", held.measure(trainable, split, names).values)
+            loop.metrics.write(step, "rl", held.measure(trainable, split, settings).values)
 
     evaluate(start, 0)
-    longer = dataclasses.replace(made.warm_start, steps=10**6)
-    stage = stages.WarmStart(made._replace(warm_start=longer), mesh, held)
-    state, spent, step = stage.init(start), 0.0, 0
-    key = stages.jax.random.key(made.seed + 1000)
-    while spent < budget:
+    annealed = dataclasses.replace(
+        made.warm_optimizer, schedule="cosine", final_fraction=made.optimizer.final_fraction
+    )
+    longer = dataclasses.replace(made.warm_start, steps=steps)
+    stage = stages.WarmStart(made._replace(warm_start=longer, warm_optimizer=annealed), mesh, held)
+    state, key = stage.init(start), jax.random.key(made.seed + 1000)
+    for step in range(steps):
         index = np.asarray(next(stage.batches))
-        state, values, _ = stage.step(state, step, index, stages.jax.random.fold_in(key, step))
+        state, values, _ = stage.step(state, step, index, jax.random.fold_in(key, step))
         loop.metrics.write(step + 1, "rl", values)
-        spent += values["step_time"] if step > 1 else 0.0
-        step += 1
-    evaluate(state.trainable, step)
+    evaluate(state.trainable, steps)
 
 
 def table() -> str:

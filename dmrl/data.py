@@ -64,6 +64,15 @@ def answers(task: Task, tokenizer: Any, prompts: Prompts, eos_id: int) -> np.nda
     return out
 
 
+def stream_seed(seed: int, stage: str) -> int:
+    """A seed of its own for every (run seed, stage).
+
+    Grain shuffles epoch e with seed + e, so neighbouring run seeds would share their orders.
+    """
+    words = np.random.SeedSequence([seed, *stage.encode()]).generate_state(1)
+    return int(words[0])
+
+
 def batches(size: int, batch: int, seed: int) -> grain.DatasetIterator:
     """Endless batches of example indices [batch] in a seeded order, reshuffled every epoch.
 

@@ -21,8 +21,9 @@ class Decoded(NamedTuple):
 
 
 def setting_name(sampling: Sampling) -> str:
-    """`greedy_16` or `sampled_4`: how tokens are drawn, in how many steps."""
-    return f"{'sampled' if sampling.temperature else 'greedy'}_{sampling.steps}"
+    """`greedy_16` or `sampled_4_random`: how tokens are drawn, in how many steps, what order."""
+    order = "" if sampling.order == "low_confidence" else f"_{sampling.order}"
+    return f"{'sampled' if sampling.temperature else 'greedy'}_{sampling.steps}{order}"
 
 
 def decode(
@@ -73,10 +74,15 @@ def trajectories(
     task: Task,
     tok: Any,
     setting: Sampling,
+    split: str,
     when: str,
     count: int,
 ) -> Iterator[Mapping[str, Any]]:
-    """The first `count` completions as the report shows them: one JSON-able row each."""
+    """The first `count` completions as the report shows them: one JSON-able row each.
+
+    A position is right if the completion is a solution, or if it agrees with the reference
+    answer; unknown (None) where a puzzle has several answers and none was found.
+    """
     rollout, grid = decoded.rollout, task.grid
     shown = [c for row in grid for c in row] if grid else list(range(rollout.tokens.shape[1]))
     for i in range(min(count, len(decoded.texts))):
@@ -85,11 +91,14 @@ def trajectories(
         tokens = [str(tok.decode([t], skip_special_tokens=True)) for t in rollout.tokens[i][shown]]
         reveal = rollout.reveal_step[i][shown].tolist()
         wanted: list[str | None] = [None] * len(shown)
-        if template is not None and answer is not None:
+        solved = decoded.scores[i].get("solved") == 1.0
+        if solved:
+            wanted = list(tokens)
+        elif template is not None and answer is not None and not split.endswith("_multi"):
             wanted = [answer[c] for c in shown]
         yield {
             "when": when,
-            "setting": setting_name(setting),
+            "setting": f"{split} {setting_name(setting)}",
             "id": i,
             "prompt": task.prompt(example),
             "template": "".join(template[c] for c in shown) if template else "",

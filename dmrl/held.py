@@ -1,5 +1,6 @@
 """Held-out splits: tokenized once, decoded with a few samplings, each compiled once."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,8 +35,8 @@ class Held:
             )
         self.recipe, self.mesh, self.frozen = recipe, mesh, None
         own = recipe.sampling
-        self.greedy = Sampling(own.length, own.steps, own.block_length)
-        more = [Sampling(own.length, n, own.block_length) for n in recipe.evaluation.steps]
+        self.greedy = dataclasses.replace(own, temperature=0.0)
+        more = [dataclasses.replace(self.greedy, steps=n) for n in recipe.evaluation.steps]
         self.settings = list(dict.fromkeys([own, *more]))
         """The run's own way of decoding, and those that the recipe adds."""
         shards = parallel.batch_shards(mesh)
@@ -96,6 +97,6 @@ class Held:
             if when:
                 count = r.evaluation.trajectories
                 rows += evaluate.trajectories(
-                    decoded, prompts, r.task, r.tokenizer, setting, when, count
+                    decoded, prompts, r.task, r.tokenizer, setting, split, when, count
                 )
         return Evaluated(values, rows)

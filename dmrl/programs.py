@@ -110,7 +110,7 @@ class Programs:
         `prompts` is (prompt [n,P], prompt_valid [n,P], template [n,L]). Rows are numbered from
         `first_row`: noise follows the number, so chunks of a batch equal the whole.
         """
-        prompts = jax.device_put(prompts, parallel.batch_sharding(self.mesh))
+        prompts = jax.device_put(prompts, parallel.replicated(self.mesh))
         frozen = frozen if self.model.lora_rank else None  # no part of this policy
         with jax.set_mesh(self.mesh):
             return self._rollout(trainable, frozen, prompts, jnp.int32(first_row), key)
@@ -134,7 +134,10 @@ class Programs:
 
         def rollout(trainable, frozen, prompts, first_row, key):
             denoiser = self.policy(trainable, frozen)
-            prompt, valid, template = (jnp.repeat(x, size, axis=0) for x in prompts)
+            rows = (jnp.repeat(x, size, axis=0) for x in prompts)  # few prompts, many rows
+            prompt, valid, template = jax.lax.with_sharding_constraint(
+                tuple(rows), parallel.batch_sharding(self.mesh)
+            )
             row = first_row + jnp.arange(prompt.shape[0], dtype=jnp.int32)
             draw_key, probe_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
             done = sampler.sample(

@@ -25,8 +25,8 @@ class WarmStart:
     steps: int = 0
     """At most this many; 0 skips the stage."""
     target: float = 1.0
-    """Stop as soon as the validation `metric`, decoded greedily in `sampling.steps` steps,
-    is at least this."""
+    """Stop as soon as the share of validation examples `solved`, decoded greedily in
+    `sampling.steps` steps, is at least this."""
     batch: int = 128
     evaluate_every: int = 10
 
@@ -69,6 +69,15 @@ class Loop:
     """Outer steps between samples of completions written to completions.jsonl."""
 
     def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "prompts_per_step",
+            "num_iterations",
+            "microbatches",
+            "rollout_chunks",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.prompts_per_step % self.rollout_chunks:
             raise ValueError(
                 f"rollout_chunks={self.rollout_chunks} does not divide "
@@ -115,6 +124,13 @@ def build(config: Mapping[str, Any]) -> Recipe:
         options = dict(options)
         terms.append(make_term(name, float(options.pop("weight")), options))
     terms = [t for t in terms if t.weight]
+    guidance = config["sampling"]["cfg_scale"]
+    probing = [t.name for t in terms if hasattr(t.hyper, "fillings")]
+    if guidance and probing:
+        raise ValueError(
+            f"sampling.cfg_scale={guidance} guides the sampler but not the probes of "
+            f"{', '.join(probing)}: set it to 0, or drop the term"
+        )
     if not terms:
         raise ValueError("the objective has no term with a weight other than 0")
     return Recipe(

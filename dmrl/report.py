@@ -267,12 +267,12 @@ def _named(value: Any) -> str:
 
 
 def _objective(terms: Any) -> str:
-    """Text like `1 × diffu_grpo + 0.5 × dispo` of [(name, weight, hyper), ...]."""
-    if not isinstance(terms, list | tuple):
+    """Text like `1 × diffu_grpo + 0.5 × dispo` of {name: {"weight": weight, ...}, ...}."""
+    if not isinstance(terms, dict):
         return ""
-    pairs = [term for term in terms if isinstance(term, list | tuple) and len(term) >= 2]
+    weights = {k: v.get("weight") for k, v in terms.items() if isinstance(v, dict)}
     return " + ".join(
-        f"{weight:g} × {name}" for name, weight, *_ in pairs if isinstance(weight, int | float)
+        f"{w:g} × {k}" for k, w in weights.items() if isinstance(w, int | float) and w
     )
 
 

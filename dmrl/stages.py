@@ -55,7 +55,8 @@ class WarmStart:
         self.targets = data.answers(
             recipe.task, recipe.tokenizer, self.train, recipe.model.eos_token_id
         )
-        self.batches = data.batches(len(self.targets), recipe.warm_start.batch, recipe.seed)
+        seed = data.stream_seed(recipe.seed, self.name)
+        self.batches = data.batches(len(self.targets), recipe.warm_start.batch, seed)
         self.programs = Programs(
             recipe.model,
             (make_term("sft", 1.0, {}),),
@@ -118,9 +119,11 @@ class Reinforce:
         self.recipe, self.held = recipe, held
         loop = recipe.loop
         self.steps = loop.steps
-        _check_shared("prompts of a chunk", loop.prompts_per_step // loop.rollout_chunks, mesh)
+        rows = loop.prompts_per_step * loop.num_generations // loop.rollout_chunks
+        _check_shared("completions of a chunk", rows, mesh)
         self.train = held.prompts["train"]
-        self.batches = data.batches(len(self.train.examples), loop.prompts_per_step, recipe.seed)
+        seed = data.stream_seed(recipe.seed, self.name)
+        self.batches = data.batches(len(self.train.examples), loop.prompts_per_step, seed)
         self.optimizer = optim.make(recipe.optimizer, loop.steps * loop.num_iterations)
         self.programs = Programs(
             recipe.model,

@@ -47,7 +47,7 @@ def load(path: str) -> Any:
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, use_fast=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no tokenizer at {path!r}: give a local folder with tokenizer.json ({error})"

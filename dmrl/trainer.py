@@ -149,7 +149,10 @@ def train(
             trainable = loop.run(warm, trainable).trainable
         if not recipe.model.lora_rank and needs_reference(recipe.terms):
             held.frozen = jax.tree.map(jnp.copy, trainable)
-        loop.run(reinforce, trainable)
+        trained = loop.run(reinforce, trainable).trainable
+    if loop.writer:
+        collection = "lora" if recipe.model.lora_rank else "params"
+        weights.save_weights(workdir / "weights", recipe.model, trained, collection, force=True)
     return loop.final
 
 
@@ -236,11 +239,13 @@ class _StageRun:
         if not self.done and self.number == 0:
             self._evaluate()
         self.clock = time.perf_counter()
-        while not self.done and not stopping():
+        stop = stopping()
+        while not self.done and not stop:
             self._step()
-            if self.done or stopping() or (every and self.number % every == 0):
+            stop = stopping()  # read once: what is saved and what ends the run must agree
+            if self.done or stop or (every and self.number % every == 0):
                 self.save()
-        if stopping():
+        if stop:
             name = self.stage.name
             self.loop.console.note(f"{name}: stopped by SIGTERM after step {self.number}")
             raise SystemExit(0)

@@ -170,7 +170,7 @@ def test_config_is_exact_and_summarised(tmp_path):
     config = {
         "optim": {"learning_rate": 0.00012345678901},
         "task": {"name": "sudoku"},
-        "terms": [["diffu_grpo", 1.0, {}], ["dispo", 0.5, {}]],
+        "terms": {"diffu_grpo": {"weight": 1.0}, "dispo": {"weight": 0.5, "fillings": 2}},
         "model": {"width": 128, "layers": 4, "remat": True},
     }
     fill(

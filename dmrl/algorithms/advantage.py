@@ -16,10 +16,14 @@ def group_relative(
     """
     same = (group[:, None] == group[None, :]).astype(jnp.float32)
     size = jnp.sum(same, axis=1)
-    centred = reward - (same @ reward) / size
+
+    def mean(x: Float[Array, " b"]) -> Float[Array, " b"]:
+        return jnp.matmul(same, x, precision="highest") / size
+
+    centred = reward - mean(reward)
     if not divide_by_std:
         return centred
-    std = jnp.sqrt((same @ jnp.square(centred)) / size)
+    std = jnp.sqrt(mean(jnp.square(centred)))
     return centred / (std + STD_EPSILON)
 
 

@@ -79,7 +79,7 @@ def state_log_weights(
 
 def probes(rollout: Rollout, key: PRNGKey, hp: Hyper) -> ProbePlan:
     """Draws the states to branch from: i.i.d. from omega, the same for a whole group."""
-    steps = rollout.tokens.shape[1]  # a step that reveals nothing is no state, so T <= L
+    steps = rollout.tokens.shape[1]  # T <= L: Sampling refuses more
     weights = state_log_weights(steps_taken(rollout), steps, hp.state_law, hp.exponent)
     keys = row_keys(key, rollout.group)
     step = jax.vmap(lambda k, w: jax.random.categorical(k, w, shape=(hp.states,)))(keys, weights)

@@ -84,7 +84,11 @@ def test_the_batch_size_changes_nothing(batch):
 
 @pytest.mark.parametrize(
     ("sampling", "name"),
-    [(Sampling(16, 4, 16), "greedy_4"), (Sampling(16, 16, 8, temperature=0.9), "sampled_16")],
+    [
+        (Sampling(16, 4, 16), "greedy_4"),
+        (Sampling(16, 16, 8, temperature=0.9), "sampled_16"),
+        (Sampling(16, 4, 16, order="random"), "greedy_4_random"),
+    ],
 )
 def test_names_of_settings(sampling, name):
     assert evaluate.setting_name(sampling) == name
@@ -126,10 +130,10 @@ def test_trajectory_rows_show_cells_in_the_order_of_the_board():
         [task.score(e, "") for e in prompts.examples],
     )
     setting = Sampling(29, STEPS, 29)
-    rows = list(evaluate.trajectories(decoded, prompts, task, tok, setting, "before", 2))
+    rows = list(evaluate.trajectories(decoded, prompts, task, tok, setting, "test", "before", 2))
     assert [r["id"] for r in rows] == [0, 1]
     for row, example in zip(rows, prompts.examples, strict=False):
-        assert (row["when"], row["setting"], row["steps"]) == ("before", "greedy_4", STEPS)
+        assert (row["when"], row["setting"], row["steps"]) == ("before", "test greedy_4", STEPS)
         assert row["grid"] == [4, 4]
         assert len(row["tokens"]) == len(row["reveal_step"]) == len(row["correct"]) == 16
         for cell, given in enumerate(example.puzzle):

@@ -115,6 +115,11 @@ def test_kills_and_resumes_leave_no_trace(whole, torn):
     for name in ("completions.jsonl", "trajectories.jsonl"):
         assert (disturbed / name).read_bytes() == (undisturbed / name).read_bytes(), name
         assert rows(undisturbed / name), name
+    trained = [p.relative_to(undisturbed) for p in (undisturbed / "weights").rglob("*")]
+    assert len(trained) > 10
+    for path in trained:
+        if (undisturbed / path).is_file():
+            assert (disturbed / path).read_bytes() == (undisturbed / path).read_bytes(), path
 
 
 def test_sigterm_saves_and_exits_with_0(torn):
@@ -150,7 +155,7 @@ def test_a_finished_run_does_nothing_but_print_its_table(whole, cache):
 def test_a_workdir_of_another_config_is_refused(whole, cache):
     workdir, _ = whole
     before = (workdir / "config.json").read_bytes()
-    other = arguments(**OPTIONS, optimizer__learning_rate=0.125)
+    other = arguments(**OPTIONS | {"optimizer__learning_rate": 0.125})
     _, err = finish(start(f"--workdir={workdir}", *other, cache=cache), code=1)
     (line,) = err.strip().splitlines()
     for word in ("optimizer.learning_rate=", "0.125", str(workdir), "choose another --workdir"):

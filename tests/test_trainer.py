@@ -58,9 +58,8 @@ def done(tmp_path_factory, quick_compile, compile_once):
             super().__init__(*args)
             made.append(self)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "Reinforce", Watched)
-        final = run(workdir, None, **DONE)
+    options = config(**DONE)
+    final = trainer.train(recipe.build(options), workdir, options, stage_two=Watched)
     return workdir, final, made[0]
 
 
@@ -111,7 +110,7 @@ def test_trajectories_before_and_after_for_every_setting(done):
     assert order == [
         (when, setting, i)
         for when in ("before", "after")
-        for setting in ("sampled_4", "greedy_2")
+        for setting in ("validation sampled_4", "validation greedy_2")
         for i in (0, 1)
     ]
     for row in found:

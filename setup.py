@@ -33,6 +33,7 @@ EXTRAS = {
     "dev": [
         "pytest>=9.0",
         "hypothesis>=6.100",
+        "pytest-xdist>=3.8",
         "scipy>=1.15",
         "beartype>=0.22",
         "ruff>=0.14",

@@ -20,6 +20,7 @@ CORE = [
     "transformers>=5.0",  # tokenizers only: no modelling code is imported
     "jaxtyping>=0.3.11",
     "rich>=13",
+    "jinja2>=3.1",  # chat templates: transformers does not install it
 ]
 
 EXTRAS = {

@@ -1,5 +1,7 @@
 """Package metadata, in one place. Tools are configured in pyproject.toml."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 VERSION = "0.1.0"
@@ -46,7 +48,7 @@ setup(
     name="dmrl",
     version=VERSION,
     description="Reinforcement learning for masked diffusion language models, in JAX",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

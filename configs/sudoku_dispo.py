@@ -63,7 +63,7 @@ def tiny():
             weight_decay=0.0,
             clip_norm=1.0,
         ),
-        loop=section(Loop, steps=360, prompts_per_step=64, num_generations=4, rollout_chunks=2),
+        loop=section(Loop, steps=420, prompts_per_step=64, num_generations=4, rollout_chunks=2),
         warm_start=make_warm_start(
             steps=400,
             target=0.35,

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from dmrl import algorithms, models, parallel
 from dmrl.diffusion import probe, sampler
-from dmrl.types import Denoiser, Metrics, Models, PRNGKey, Probe, Rollout
+from dmrl.types import HINT, Denoiser, Inner, Metrics, Models, PRNGKey, Probe, Rollout
 
 
 class TrainState(NamedTuple):
@@ -31,8 +31,13 @@ class TrainState(NamedTuple):
     step: jax.Array
     """Outer steps done, int32."""
     trainable: Any
-    """The `lora` collection, or all parameters when there is no adapter."""
+    """What the optimiser changes, by collection: {'lora': ...} or, without an adapter,
+    {'params': ...}; beside it 'heads' where a term has some."""
     opt_state: optax.OptState
+    teacher: Any = None
+    """The behaviour policy of the present phase, laid out like `trainable`; None without phases."""
+    ema: Any = None
+    """Exponential moving average of `trainable`; None unless the optimiser asks for one."""
 
 
 class Term(NamedTuple):
@@ -68,9 +73,10 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     return f"{hint} there are {', '.join(sorted(known)) or 'none'}"
 
 
-def needs_reference(terms: Sequence[Term]) -> bool:
-    """Whether a term has a KL penalty (a `beta` above 0) to the reference."""
-    return any(getattr(term.hyper, "beta", 0.0) > 0 for term in terms)
+def needs(terms: Sequence[Term]) -> frozenset[str]:
+    """What the terms ask for beyond a rollout: 'reference', 'drafts', names of heads."""
+    asked = [t.algorithm.needs(t.hyper) for t in terms if hasattr(t.algorithm, "needs")]
+    return frozenset[str]().union(*asked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +85,7 @@ class Programs:
 
     `frozen` in the methods is the tree that never changes: the base weights under an adapter,
     or the reference policy of full fine-tuning (None when nothing asks for a reference).
+    `behaviour` draws rollouts: `state.trainable`, or the teacher's in a method with phases.
     """
 
     model: models.Config
@@ -90,20 +97,33 @@ class Programs:
     inner_updates: int = 1
     """mu: optimiser steps on one rollout."""
     microbatches: int = 1
+    phases: bool = False
+    """Whether rollouts come from a teacher that `next_phase` alone refreshes."""
+    ema: float = 0.0
+    """Decay of the average of the weights; 0 keeps none."""
 
     def policy(self, trainable: Any, frozen: Any) -> Denoiser:
         """The policy that `trainable` describes."""
-        if self.model.lora_rank:
-            return models.bind(self.model, {"params": frozen, "lora": trainable})
-        return models.bind(self.model, {"params": trainable})
+        return models.bind(self.model, {"params": frozen, **trainable})
 
     def init_state(self, trainable: Any) -> TrainState:
         """Step 0, laid out over the mesh."""
-        state = TrainState(jnp.zeros((), jnp.int32), trainable, self.optimizer.init(trainable))
+        state = TrainState(
+            jnp.zeros((), jnp.int32),
+            trainable,
+            self.optimizer.init(trainable),
+            _copy(trainable) if self.phases else None,
+            _copy(trainable) if self.ema else None,
+        )
         return jax.device_put(state, parallel.shardings(self.mesh, state))
 
+    def next_phase(self, state: TrainState) -> TrainState:
+        """The policy's average (or the policy) becomes both policy and teacher; Adam restarts."""
+        with jax.set_mesh(self.mesh):
+            return self._next_phase(state)
+
     def rollout(
-        self, trainable: Any, frozen: Any, prompts: Any, first_row: int, key: PRNGKey
+        self, behaviour: Any, frozen: Any, prompts: Any, first_row: int, key: PRNGKey
     ) -> tuple[Rollout, tuple[Probe | None, ...]]:
         """Samples `group_size` completions of each prompt, and each term's probes.
 
@@ -113,7 +133,20 @@ class Programs:
         prompts = jax.device_put(prompts, parallel.replicated(self.mesh))
         frozen = frozen if self.model.lora_rank else None  # no part of this policy
         with jax.set_mesh(self.mesh):
-            return self._rollout(trainable, frozen, prompts, jnp.int32(first_row), key)
+            return self._rollout(behaviour, frozen, prompts, jnp.int32(first_row), key)
+
+    def inpaint(
+        self, behaviour: Any, frozen: Any, rollout: Rollout, hints: Any, key: PRNGKey
+    ) -> Rollout:
+        """Samples the rows of `rollout` again around tokens given from outside.
+
+        `hints` [B,L] holds a token where one is injected and MASK elsewhere. Only masked
+        positions of the template can be hinted; they come back with `reveal_step` HINT.
+        """
+        hints = jax.device_put(hints, parallel.batch_sharding(self.mesh))
+        frozen = frozen if self.model.lora_rank else None
+        with jax.set_mesh(self.mesh):
+            return self._inpaint(behaviour, frozen, rollout, hints, key)
 
     def update(
         self,
@@ -131,9 +164,10 @@ class Programs:
     def _rollout(self) -> Any:
         assert self.sampling is not None
         sampling, size = self.sampling, self.group_size
+        drafts = "drafts" in needs(self.terms)
 
-        def rollout(trainable, frozen, prompts, first_row, key):
-            denoiser = self.policy(trainable, frozen)
+        def rollout(behaviour, frozen, prompts, first_row, key):
+            denoiser = self.policy(behaviour, frozen)
             rows = (jnp.repeat(x, size, axis=0) for x in prompts)  # few prompts, many rows
             prompt, valid, template = jax.lax.with_sharding_constraint(
                 tuple(rows), parallel.batch_sharding(self.mesh)
@@ -141,17 +175,47 @@ class Programs:
             row = first_row + jnp.arange(prompt.shape[0], dtype=jnp.int32)
             draw_key, probe_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
             done = sampler.sample(
-                denoiser, prompt, valid, template, row, row // size, draw_key, sampling
+                denoiser, prompt, valid, template, row, row // size, draw_key, sampling, drafts
             )
             probes = [self._probe(denoiser, done, term, probe_key) for term in self.terms]
             return done, tuple(probes)
 
         return jax.jit(rollout)
 
+    @functools.cached_property
+    def _inpaint(self) -> Any:
+        assert self.sampling is not None
+        sampling, drafts = self.sampling, "drafts" in needs(self.terms)
+
+        def inpaint(behaviour, frozen, rollout, hints, key):
+            denoiser = self.policy(behaviour, frozen)
+            sampled = (rollout.reveal_step >= 0) | (rollout.reveal_step == HINT)
+            hinted = sampled & (hints != denoiser.mask_id)
+            blank = jnp.where(sampled, denoiser.mask_id, rollout.tokens)
+            template = jnp.where(hinted, hints, blank)
+            context = (rollout.prompt, rollout.prompt_valid, template, rollout.row, rollout.group)
+            done = sampler.sample(denoiser, *context, key, sampling, drafts)
+            return done._replace(reveal_step=jnp.where(hinted, HINT, done.reveal_step))
+
+        return jax.jit(inpaint)
+
+    @functools.cached_property
+    def _next_phase(self) -> Any:
+        def next_phase(state):
+            best = state.trainable if state.ema is None else state.ema
+            return state._replace(
+                trainable=_copy(best),
+                opt_state=self.optimizer.init(best),
+                teacher=_copy(best),
+                ema=None if state.ema is None else _copy(best),
+            )
+
+        return jax.jit(next_phase, donate_argnums=0)
+
     def _probe(self, denoiser: Denoiser, done: Rollout, term: Term, key: PRNGKey) -> Probe | None:
-        plan = term.algorithm.probes(done, jax.random.fold_in(key, 0), term.hyper)
-        if plan is None:
+        if not hasattr(term.algorithm, "probes"):
             return None
+        plan = term.algorithm.probes(done, jax.random.fold_in(key, 0), term.hyper)
         return probe.fill(denoiser, done, plan, jax.random.fold_in(key, 1))
 
     @functools.cached_property
@@ -163,42 +227,52 @@ class Programs:
         term_probes = [_join(chunks) for chunks in zip(*probes, strict=True)]
         current = self.policy(state.trainable, frozen)
         reference = None
-        if needs_reference(self.terms):
+        if "reference" in needs(self.terms):
             reference = models.bind(self.model, {"params": frozen})
         behaviour = current if self.inner_updates > 1 else None
+        if self.phases:
+            behaviour = self.policy(state.teacher, frozen)
         frozen_models = Models(current, behaviour, reference)
+        teacher = behaviour if self.phases else None
 
-        def prepare(inner):
-            inner_key = jax.random.fold_in(jax.random.fold_in(key, 2), inner)
+        def prepare(index):
+            inner_key = jax.random.fold_in(jax.random.fold_in(key, 2), index)
+            inner = Inner(index, self.inner_updates, jax.random.fold_in(key, 3))
             return tuple(
                 t.algorithm.prepare(frozen_models, rollout, p, inner_key, inner, t.hyper)
                 for t, p in zip(self.terms, term_probes, strict=True)
             )
 
-        def inner_update(carry, batches):
-            trainable, opt_state = carry
-            grads, metrics = self._gradient(trainable, frozen, reference, batches)
-            updates, opt_state = self.optimizer.update(grads, opt_state, trainable)
+        def inner_update(state, batches):
+            grads, metrics = self._gradient(state.trainable, frozen, teacher, reference, batches)
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.trainable)
             metrics["grad_norm"] = optax.tree.norm(grads)
-            return (optax.apply_updates(trainable, updates), opt_state), metrics
+            trainable = optax.apply_updates(state.trainable, updates)
+            ema = state.ema
+            if ema is not None:
+                ema = optax.incremental_update(trainable, ema, 1 - self.ema)
+            return state._replace(trainable=trainable, opt_state=opt_state, ema=ema), metrics
 
-        carry = (state.trainable, state.opt_state)
         if self.inner_updates == 1:
-            (trainable, opt_state), metrics = inner_update(carry, prepare(jnp.int32(0)))
+            state, metrics = inner_update(state, prepare(jnp.int32(0)))
         else:
             batches = jax.lax.map(prepare, jnp.arange(self.inner_updates))
-            (trainable, opt_state), stacked = jax.lax.scan(inner_update, carry, batches)
+            state, stacked = jax.lax.scan(inner_update, state, batches)
             metrics = {name: jnp.mean(values) for name, values in stacked.items()}
-        state = TrainState(state.step + 1, trainable, opt_state)
+        state = state._replace(step=state.step + 1)
         # The layout it came with, so that the next step finds the program that this one compiled.
         layout = parallel.shardings(self.mesh, state)
         return jax.lax.with_sharding_constraint(state, layout), metrics
 
-    def _gradient(self, trainable, frozen, reference, batches):
-        """Gradient and metric sums of the weighted objective, over strided microbatches."""
+    def _gradient(self, trainable, frozen, teacher, reference, batches):
+        """Gradient and metric sums of the weighted objective, over strided microbatches.
+
+        A loss sees the teacher of a method with phases, for targets too large to prepare (whole
+        vocabulary rows); theta_old of other methods enters through `prepare` alone.
+        """
 
         def objective(trainable, batches):
-            bound = Models(self.policy(trainable, frozen), None, reference)
+            bound = Models(self.policy(trainable, frozen), teacher, reference)
             total, metrics = jnp.zeros(()), dict[str, jax.Array]()
             for i, (term, batch) in enumerate(zip(self.terms, batches, strict=True)):
                 value, sums = term.algorithm.loss(bound, batch, term.hyper)
@@ -219,6 +293,11 @@ class Programs:
         shapes = jax.eval_shape(gradient, trainable, first)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(accumulate, zeros, cut)[0]
+
+
+def _copy(tree: Any) -> Any:
+    """New buffers: a donated state must not hold one array twice."""
+    return jax.tree.map(jnp.copy, tree)
 
 
 def _join(chunks: Sequence[Any]) -> Any:

@@ -23,7 +23,7 @@ from dmrl.console import Console
 from dmrl.held import Held
 from dmrl.metrics import Lines, Metrics
 from dmrl.models import weights
-from dmrl.programs import TrainState, needs_reference
+from dmrl.programs import TrainState, needs
 from dmrl.recipe import Recipe
 
 ORDER = ("warm_start", "rl")
@@ -106,14 +106,14 @@ def initial_weights(recipe: Recipe, mesh: Any) -> tuple[Any, Any]:
         params = weights.load_weights(recipe.init_from, layout["params"])[1]
         params = jax.tree.map(lambda x: x.astype(cfg.param_dtype), params)
         if not cfg.lora_rank:
-            return params, None
+            return {"params": params}, None
         lora = jax.jit(lambda: fresh()["lora"], out_shardings=layout["lora"])()
-        return lora, params
+        return {"lora": lora}, params
     with jax.set_mesh(mesh):
         variables = jax.jit(fresh, out_shardings=layout)()
     if cfg.lora_rank:
-        return variables["lora"], variables["params"]
-    return variables["params"], None
+        return {"lora": variables["lora"]}, variables["params"]
+    return variables, None
 
 
 def train(
@@ -147,12 +147,14 @@ def train(
         loop = Loop(recipe, workdir, stopping)
         if warm:
             trainable = loop.run(warm, trainable).trainable
-        if not recipe.model.lora_rank and needs_reference(recipe.terms):
-            held.frozen = jax.tree.map(jnp.copy, trainable)
+        if not recipe.model.lora_rank and "reference" in needs(recipe.terms):
+            held.frozen = jax.tree.map(jnp.copy, trainable["params"])
         trained = loop.run(reinforce, trainable).trainable
     if loop.writer:
         collection = "lora" if recipe.model.lora_rank else "params"
-        weights.save_weights(workdir / "weights", recipe.model, trained, collection, force=True)
+        weights.save_weights(
+            workdir / "weights", recipe.model, trained[collection], collection, force=True
+        )
     return loop.final
 
 

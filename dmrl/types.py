@@ -7,7 +7,8 @@ Axes, everywhere:
   N  items of a Batch (whatever must be seen together: a completion, a state, a pair)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -41,6 +42,8 @@ class Denoiser(NamedTuple):
     """(hidden [...,D], labels [...,Z]) -> float32 log p [...,Z]; never materialises V."""
     mask_id: int
     eos_id: int
+    heads: Mapping[str, Callable[..., Array]] = MappingProxyType({})
+    """Further outputs with parameters of their own, by name (see `dmrl.models.heads`)."""
 
 
 class Models(NamedTuple):
@@ -48,10 +51,11 @@ class Models(NamedTuple):
 
     policy: Denoiser
     behaviour: Denoiser | None
-    """theta_old. None when the policy has not moved since the rollout (one inner update):
-    the ratio is then 1 at the point of differentiation and needs no second forward."""
+    """theta_old, which drew the rollout; the frozen teacher of methods that have phases. None
+    where it is the policy itself (one inner update, no phases): the ratio is then 1 at the point
+    of differentiation and needs no second forward."""
     reference: Denoiser | None
-    """Frozen reference, or None when no term has a KL penalty."""
+    """Frozen reference, or None when no term needs one."""
 
 
 class Rollout(NamedTuple):
@@ -81,7 +85,8 @@ class Rollout(NamedTuple):
     states: Int[Array, "b t l"] | None = None
     """Stored states [B,T+1,L], only where a revealed token may change."""
     drafts: Int[Array, "b t l"] | None = None
-    """The sampler's own full predictions [B,T,L], only where asked for."""
+    """The sampler's own full predictions [B,T,L], only where a term needs them: at step t the
+    visible tokens, and at every mask the token proposed there."""
 
 
 class ProbePlan(NamedTuple):
@@ -90,6 +95,20 @@ class ProbePlan(NamedTuple):
     step: Int[Array, "b k"]
     fillings: int
     temperature: float
+    own: bool = False
+    """Take the sampler's own draft at each state (`Rollout.drafts`, one filling) instead of
+    fresh draws: a fresh draw has the same marginal but earns no credit for what came later."""
+
+
+class Inner(NamedTuple):
+    """Which of the inner updates on one rollout a batch is for."""
+
+    index: Int[Array, ""]
+    """0 .. count - 1."""
+    count: int
+    """mu."""
+    key: PRNGKey
+    """The same for all inner updates of a rollout, unlike the key that `prepare` gets."""
 
 
 class Probe(NamedTuple):

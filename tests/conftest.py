@@ -14,11 +14,25 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Before any test imports dmrl: every annotation of ours is then checked at every call.
 jaxtyping.install_import_hook(["dmrl"], "beartype.beartype")
 
+import goldens  # noqa: E402
+
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """Numbers recorded from the authors' code: a small set here, all of it in $DMRL_GOLDEN."""
     return Path(os.environ.get("DMRL_GOLDEN", Path(__file__).parent / "golden"))
+
+
+@pytest.fixture(scope="session")
+def recorded(golden_dir: Path) -> tuple:
+    """(tensors, cases, Config, parameters) of the losses d1, wd1, SPG, coupled- and CJ-GRPO."""
+    return goldens.load(golden_dir, "losses")
+
+
+@pytest.fixture(scope="session")
+def recorded_more(golden_dir: Path) -> tuple:
+    """The same of EGSPO, DTM and UPO."""
+    return goldens.load(golden_dir, "losses_more")
 
 
 @pytest.fixture(scope="session")

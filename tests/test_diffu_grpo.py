@@ -1,34 +1,23 @@
 """diffu-GRPO: the authors' numbers, and the properties its derivation promises."""
 
 import functools
-import json
 
+import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from flax import traverse_util
-from safetensors.numpy import load_file
 from scipy import stats
 
 from dmrl import models
 from dmrl.algorithms import diffu_grpo, surrogate
 from dmrl.diffusion.likelihood import state_log_prob
-from dmrl.models.convert import TABLE
 from dmrl.types import TEMPLATE, Models
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 LENGTH, EOS = 4, 2
-
-
-@pytest.fixture(scope="module")
-def recorded(golden_dir):
-    """(tensors, cases, Config, parameters) of the authors' run."""
-    tensors = {k: jnp.asarray(v) for k, v in load_file(golden_dir / "losses.safetensors").items()}
-    cases = json.loads((golden_dir / "losses.json").read_text())
-    return tensors, cases, *tiny.llada(golden_dir / "tiny_llada")
 
 
 def recorded_batch(tensors, iteration, on_policy):
@@ -81,26 +70,7 @@ def test_golden_loss_gradient_and_metrics(recorded):
             outside = jnp.sum(batch.weight * (jnp.abs(ratio - 1) > case["epsilon"]))
             both = float(metrics["clip_ratio/region_mean"]) + case["clip_ratio"]
             assert both == pytest.approx(float(outside), abs=1e-6), name
-        assert_golden_gradient(grad, case, tensors, name)
-
-
-def assert_golden_gradient(grad, case, tensors, name):
-    norm = np.linalg.norm(tiny.flat(grad))
-    assert norm == pytest.approx(case["grad_global_norm"], rel=1e-4), name
-    flat = traverse_util.flatten_dict(grad, sep="/")
-    seen = set()
-    for leaf in TABLE:
-        stacked = leaf.path.startswith("blocks/")
-        for layer in range(flat[leaf.path].shape[0]) if stacked else [None]:
-            key = f"model.transformer.{leaf.hf.format(layer)}.weight"
-            ours = flat[leaf.path] if layer is None else flat[leaf.path][layer]
-            want = pytest.approx(case["grad_norms"][key], rel=1e-4)
-            assert float(jnp.linalg.norm(ours)) == want, (name, key)
-            seen.add(key)
-    assert seen == case["grad_norms"].keys()
-    tiny.assert_close(flat["ln_f/scale"], tensors[f"{name}/grad_ln_f"])
-    row = flat["blocks/attn/q_proj/kernel"][1, :, 0]
-    tiny.assert_close(row, tensors[f"{name}/grad_block1_q_proj_row0"])
+        goldens.assert_gradient(grad, case, tensors, name)
 
 
 def test_golden_advantages_and_eos_mask_come_out_of_prepare(recorded):
@@ -112,7 +82,7 @@ def test_golden_advantages_and_eos_mask_come_out_of_prepare(recorded):
         eos=cfg.eos_token_id,
     )
     policy = models.bind(cfg, {"params": params})
-    args = (rollout, None, jax.random.key(0), jnp.array(0), diffu_grpo.Hyper())
+    args = (rollout, None, jax.random.key(0), tiny.INNER, diffu_grpo.Hyper())
     batch = diffu_grpo.prepare(Models(policy, None, None), *args)
     np.testing.assert_allclose(batch.advantage[:, 0], tensors["advantages"], atol=1e-6)
     mask = np.asarray(tensors["completion_mask"])
@@ -134,7 +104,7 @@ def case(rows=6, seed=0, reward=None, eos=EOS):
 
 def prepared(policy, rollout, hp, behaviour=None, reference=None, key=0):
     trio = Models(policy, behaviour, reference)
-    return diffu_grpo.prepare(trio, rollout, None, jax.random.key(key), jnp.array(0), hp)
+    return diffu_grpo.prepare(trio, rollout, None, jax.random.key(key), tiny.INNER, hp)
 
 
 @functools.partial(jax.jit, static_argnames=("bind", "hp"))
@@ -142,9 +112,9 @@ def gradient(bind, params, batch, hp):
     return jax.grad(lambda p: diffu_grpo.loss(Models(bind(p), None, None), batch, hp)[0])(params)
 
 
-def test_it_needs_no_probe():
-    _, _, rollout = case()
-    assert diffu_grpo.probes(rollout, jax.random.key(0), diffu_grpo.Hyper()) is None
+def test_it_asks_for_a_reference_only_to_penalise_the_distance_from_it():
+    assert diffu_grpo.needs(diffu_grpo.Hyper()) == {"reference"}
+    assert diffu_grpo.needs(diffu_grpo.Hyper(beta=0.0)) == frozenset()
 
 
 def test_the_state_is_the_template():

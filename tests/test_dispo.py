@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 M = tiny.MASK
 THEORY = {"ratio_level": "sequence", "epsilon": None, "beta": 0.0, "p_mask_prompt": 0.0}
-KEY, FIRST = jax.random.key(5), jnp.array(0)
+KEY = jax.random.key(5)
 
 
 def objective(bind, batch, hp):
@@ -51,7 +51,7 @@ def probed(bind, params, rollout, hp):
 @functools.partial(jax.jit, static_argnames=("bind", "hp"))
 def batch_of(bind, params, rollout, probe, hp, old=None, reference=None):
     trio = Models(bind(params), *(None if p is None else bind(p) for p in (old, reference)))
-    return dispo.prepare(trio, rollout, probe, KEY, FIRST, hp)
+    return dispo.prepare(trio, rollout, probe, KEY, tiny.INNER, hp)
 
 
 def scaled(params, by):
@@ -93,7 +93,7 @@ def test_the_ratio_is_one_at_theta_old():
         hp = dispo.Hyper(states=2, ratio_level=level)
         # Not compiled: then the same operations run, and equality is exact.
         trio = Models(bind(params), bind(params), bind(params))
-        batch = dispo.prepare(trio, rollout, probe, KEY, FIRST, hp)
+        batch = dispo.prepare(trio, rollout, probe, KEY, tiny.INNER, hp)
         log_prob = state_log_prob(bind(params), *batch[:4])
         np.testing.assert_array_equal(batch.old, jnp.where(batch.weight > 0, log_prob, 0))
         assert (batch.prompt != jnp.repeat(rollout.prompt, 2, axis=0)).any()
@@ -109,7 +109,7 @@ def test_terms_that_share_a_key_share_the_prompt_mask():
     rollout = rollout._replace(reward=jnp.arange(6.0))
     step = batch_of(bind, params, rollout, probed(bind, params, rollout, hp), hp)
     terminal = diffu_grpo.prepare(
-        Models(bind(params), None, None), rollout, None, KEY, FIRST, diffu_grpo.Hyper()
+        Models(bind(params), None, None), rollout, None, KEY, tiny.INNER, diffu_grpo.Hyper()
     )
     np.testing.assert_array_equal(step.prompt, jnp.repeat(terminal.prompt, 2, axis=0))
     expected = mask_prompt(KEY, rollout.row, rollout.prompt, 0.15, M)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 M = tiny.MASK
 THEORY = {"ratio_level": "sequence", "epsilon": None, "beta": 0.0, "p_mask_prompt": 0.0}
 STATES = {2: jnp.array([1, M, M, 0]), 3: jnp.array([M, 2, M, M])}
-KEY, FIRST = jax.random.key(5), jnp.array(0)
+KEY = jax.random.key(5)
 
 
 def tuples(state, z):
@@ -40,7 +40,7 @@ def prepared(bind, params, old, prompt, states, fills, hp):
     step = jnp.ones((rows, 1), jnp.int32)
     probe = Probe(step, states[:, None], fills[:, None], tiny.reward_of(fills)[:, None])
     trio = Models(bind(params), None if old is None else bind(old), None)
-    return dispo.prepare(trio, rollout, probe, KEY, FIRST, hp)
+    return dispo.prepare(trio, rollout, probe, KEY, tiny.INNER, hp)
 
 
 def objective(bind, batch, hp):
@@ -146,7 +146,7 @@ def test_theorem_4_2_with_a_terminal_term_the_gradient_is_that_of_the_mixture():
         group=jnp.arange(len(completions)) // 2,
     )
     trio, terminal_hp = Models(bind(params), None, None), diffu_grpo.Hyper(**THEORY)
-    terminal_batch = diffu_grpo.prepare(trio, rollout, None, KEY, FIRST, terminal_hp)
+    terminal_batch = diffu_grpo.prepare(trio, rollout, None, KEY, tiny.INNER, terminal_hp)
     pair_p = tuple_probability(bind, params, prompt, blank, pairs)
     terminal_batch = in_expectation(terminal_batch, jnp.repeat(pair_p, 2))
 

@@ -29,7 +29,7 @@ def examples(rows, template=False):
 
 def prepared(bind, params, rollout, key=0):
     trio = Models(bind(params), None, None)
-    return sft.prepare(trio, rollout, None, jax.random.key(key), jnp.array(0), sft.Hyper())
+    return sft.prepare(trio, rollout, None, jax.random.key(key), tiny.INNER, sft.Hyper())
 
 
 def value(bind, params, batch):
@@ -129,8 +129,3 @@ def test_noise_is_fresh_for_every_key_and_keyed_by_row():
         row=rollout.row[index],
     )
     np.testing.assert_array_equal(prepared(bind, params, part).state, one.state[index])
-
-
-def test_it_needs_no_probe():
-    _, _, rollout = examples(2)
-    assert sft.probes(rollout, jax.random.key(0), sft.Hyper()) is None

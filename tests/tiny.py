@@ -12,10 +12,12 @@ from scipy import stats
 from dmrl.diffusion import exact
 from dmrl.models import convert
 from dmrl.models.weights import layers, leaves
-from dmrl.types import Rollout
+from dmrl.types import Inner, Rollout
 
 VOCAB, MASK, NO_EOS = 4, 3, -1
 """Three tokens and MASK; the id of an EOS that is no token, so nothing ever ends early."""
+INNER = Inner(jnp.array(0), 1, jax.random.key(9))
+"""The only inner update of a rollout."""
 
 
 def llada(folder):

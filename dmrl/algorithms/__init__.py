@@ -1,1 +1,4 @@
-"""One paper, one file. Each has `Hyper`, `probes`, `prepare` and `loss`; see docs/design.md."""
+"""One paper, one file. Each has `Hyper`, `prepare` and `loss`, and may have `probes` and `needs`.
+
+See docs/add_a_method.md for the contract.
+"""

@@ -8,12 +8,12 @@ A = r - mean of the group;  w_i = 1 / #tokens up to EOS, over the whole batch
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from dmrl.algorithms import advantage, surrogate
 from dmrl.diffusion.masking import mask_prompt, upto_eos
 from dmrl.diffusion.probe import state_at
-from dmrl.types import Metrics, Models, PRNGKey, Probe, Rollout
+from dmrl.types import Inner, Metrics, Models, PRNGKey, Probe, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Hyper:
         surrogate.check(self.p_mask_prompt, self.epsilon, self.beta, self.ratio_level)
 
 
-def probes(rollout: Rollout, key: PRNGKey, hp: Hyper) -> None:
-    """A terminal method: needs nothing beyond the finished completions."""
-    del rollout, key, hp
+def needs(hp: Hyper) -> frozenset[str]:
+    """A reference if there is a KL penalty."""
+    return surrogate.needs(hp.beta)
 
 
 def prepare(
@@ -43,7 +43,7 @@ def prepare(
     rollout: Rollout,
     probe: Probe | None,
     key: PRNGKey,
-    inner: Int[Array, ""],
+    inner: Inner,
     hp: Hyper,
 ) -> surrogate.Batch:
     """One item a completion; the prompt mask is fresh for each inner update."""

@@ -21,11 +21,10 @@ from dmrl.algorithms import advantage, surrogate
 from dmrl.diffusion.masking import mask_prompt, upto_eos
 from dmrl.diffusion.noise import row_keys
 from dmrl.diffusion.probe import steps_taken
-from dmrl.types import TEMPLATE, Metrics, Models, PRNGKey, Probe, ProbePlan, Rollout
+from dmrl.types import TEMPLATE, Inner, Metrics, Models, PRNGKey, Probe, ProbePlan, Rollout
 
 STATE_LAWS = ("late", "uniform", "early")
 GRADIENTS = ("action", "all")
-BASELINES = ("mean", "leave_one_out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Hyper:
         for name, choices in (
             ("state_law", STATE_LAWS),
             ("gradient", GRADIENTS),
-            ("baseline", BASELINES),
+            ("baseline", advantage.BASELINES),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {choices}")
@@ -86,12 +85,17 @@ def probes(rollout: Rollout, key: PRNGKey, hp: Hyper) -> ProbePlan:
     return ProbePlan(step.astype(jnp.int32), hp.fillings, hp.branch_temperature)
 
 
+def needs(hp: Hyper) -> frozenset[str]:
+    """A reference if there is a KL penalty."""
+    return surrogate.needs(hp.beta)
+
+
 def prepare(
     models: Models,
     rollout: Rollout,
     probe: Probe | None,
     key: PRNGKey,
-    inner: Int[Array, ""],
+    inner: Inner,
     hp: Hyper,
 ) -> surrogate.Batch:
     """One item a state, carrying its Z fillings: one forward serves them all."""

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dmrl.diffusion.likelihood import state_log_prob
 from dmrl.diffusion.masking import mask_uniform
-from dmrl.types import Metrics, Models, PRNGKey, Probe, Rollout
+from dmrl.types import Inner, Metrics, Models, PRNGKey, Probe, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +30,12 @@ class Batch(NamedTuple):
     weight: Float[Array, "n z l"]
 
 
-def probes(rollout: Rollout, key: PRNGKey, hp: Hyper) -> None:
-    """Needs none."""
-    del rollout, key, hp
-
-
 def prepare(
     models: Models,
     rollout: Rollout,
     probe: Probe | None,
     key: PRNGKey,
-    inner: Int[Array, ""],
+    inner: Inner,
     hp: Hyper,
 ) -> Batch:
     """Noises each example once; `rollout` holds the targets, its template stays visible."""

@@ -27,19 +27,31 @@ class Batch(NamedTuple):
 
 
 def clipped(
-    log_ratio: Float[Array, "*n"], advantage: Float[Array, "*#n"], epsilon: float | None
+    log_ratio: Float[Array, "*n"],
+    advantage: Float[Array, "*#n"],
+    epsilon: float | None,
+    epsilon_high: float | None = None,
 ) -> Float[Array, "*n"]:
-    """-min(rho A, clip(rho, 1-eps, 1+eps) A), rho = exp(log_ratio); no clip if eps is None."""
+    """-min(rho A, clip(rho, 1-eps, 1+eps_high) A), rho = exp(log_ratio); no clip if eps is None.
+
+    `epsilon_high` is `epsilon` unless given.
+    """
     rho = jnp.exp(log_ratio)
     if epsilon is None:
         return -rho * advantage
-    return -jnp.minimum(rho * advantage, jnp.clip(rho, 1 - epsilon, 1 + epsilon) * advantage)
+    high = epsilon if epsilon_high is None else epsilon_high
+    return -jnp.minimum(rho * advantage, jnp.clip(rho, 1 - epsilon, 1 + high) * advantage)
 
 
 def k3(log_prob: Float[Array, "*n"], reference: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """Schulman's estimate of KL(pi || pi_ref): e^(ref-lp) - (ref-lp) - 1."""
     gap = reference - log_prob
     return jnp.exp(gap) - gap - 1
+
+
+def needs(beta: float) -> frozenset[str]:
+    """What a KL penalty of weight `beta` asks of the trainer."""
+    return frozenset({"reference"}) if beta > 0 else frozenset()
 
 
 RATIO_LEVELS = ("token", "sequence")

@@ -1,5 +1,6 @@
 """Estimates of log pi(completion | prompt) under a masked diffusion model."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -26,6 +27,56 @@ def state_log_prob(
     valid = jnp.concatenate([prompt_valid, jnp.ones(state.shape, bool)], axis=1)
     hidden = denoiser.encode(tokens, valid)[:, prompt.shape[1] :]
     return jnp.moveaxis(denoiser.log_prob(hidden, jnp.moveaxis(labels, 1, -1)), -1, 1)
+
+
+def masks_log_prob(
+    denoiser: Denoiser,
+    prompt: Int[Array, "n m p"],
+    prompt_valid: Bool[Array, "n p"],
+    state: Int[Array, "n m l"],
+    labels: Int[Array, "n l"],
+) -> Float[Array, "n m l"]:
+    """log p(labels_i | prompt_m, state_m) under each of M maskings of one completion.
+
+    One forward a masking, all in one batch. Meaningful where `state` is masked.
+    """
+    n, m, length = state.shape
+    log_prob = state_log_prob(
+        denoiser,
+        prompt.reshape(n * m, -1),
+        jnp.repeat(prompt_valid, m, axis=0),
+        state.reshape(n * m, length),
+        jnp.repeat(labels, m, axis=0)[:, None],
+    )
+    return log_prob.reshape(n, m, length)
+
+
+def elbo(log_prob: Float[Array, "*n m l"], weight: Float[Array, "*n m l"]) -> Float[Array, "*n"]:
+    """Mean over M maskings of sum_i weight_i log p_i: at most log pi in expectation.
+
+    `weight` is w(t) where a position is masked and 0 elsewhere: 1/t for t ~ U(0,1), or
+    n/(number masked) for a uniform count (LLaDA, arXiv 2502.09992, eqs. 4 and 6). In nats of the
+    whole completion; divide the weight by its length for a score per token.
+    """
+    terms = jnp.where(weight > 0, log_prob, 0.0) * weight
+    return jnp.mean(jnp.sum(terms, axis=-1), axis=-1)
+
+
+def eubo(
+    log_prob: Float[Array, "*n m l"], weight: Float[Array, "*n m l"], beta: float
+) -> Float[Array, "*n l"]:
+    """(1/beta) log( mean over M maskings of weight_i p_i^beta ) of every position, in log space.
+
+    Summed over positions and plus SPG's constant C(T), an upper bound of log pi in expectation
+    over infinitely many maskings (SPG, arXiv 2510.09541: Renyi bound, beta >= 1). 0 where no
+    masking hides the position.
+    """
+    seen = weight > 0
+    ever = jnp.any(seen, axis=-2)
+    inside = jnp.where(seen, beta * log_prob + jnp.log(jnp.where(seen, weight, 1.0)), -jnp.inf)
+    inside = jnp.where(ever[..., None, :], inside, 0.0)  # no -inf alone under logsumexp: NaN
+    total = jax.nn.logsumexp(inside, axis=-2) - math.log(log_prob.shape[-2])
+    return jnp.where(ever, total / beta, 0.0)
 
 
 POSITIONS = 32

@@ -26,9 +26,12 @@ def fill(denoiser: Denoiser, rollout: Rollout, plan: ProbePlan, key: PRNGKey) ->
     """Fills every mask of the planned states in one shot, Z times from one forward each.
 
     The fillings are i.i.d. draws of prod_i p(x_i | state) at `plan.temperature` (0: greedy).
-    Equal in law to drawing from logits kept during the rollout, without keeping any. States
+    Equal in law to drawing from logits kept during the rollout, without keeping any. With
+    `plan.own` the sampler's own drafts are returned instead, at no further forward. States
     are visited K at a time, one row after the other along K, so memory holds one state a row.
     """
+    if plan.own:
+        return _own_drafts(rollout, plan, denoiser.mask_id)
     keys = row_keys(key, rollout.row)
     prompt_length = rollout.prompt.shape[1]
 
@@ -55,3 +58,10 @@ def fill(denoiser: Denoiser, rollout: Rollout, plan: ProbePlan, key: PRNGKey) ->
     columns = (jnp.arange(plan.step.shape[1]), plan.step.T)
     state, fills = jax.lax.map(one_state, columns)
     return Probe(plan.step, jnp.moveaxis(state, 0, 1), jnp.moveaxis(fills, 0, 1))
+
+
+def _own_drafts(rollout: Rollout, plan: ProbePlan, mask_id: int) -> Probe:
+    """What the sampler itself predicted at the planned states."""
+    assert rollout.drafts is not None
+    fills = jnp.take_along_axis(rollout.drafts, plan.step[:, :, None], axis=1)
+    return Probe(plan.step, state_at(rollout, plan.step, mask_id), fills[:, :, None])

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from dmrl.diffusion import order
+from dmrl.diffusion.likelihood import over_positions
 from dmrl.diffusion.masking import upto_eos
 from dmrl.diffusion.noise import fold_in, perturb, row_keys
 from dmrl.types import TEMPLATE, Denoiser, PRNGKey, Rollout
@@ -101,11 +102,15 @@ def sample(
     group: Int[Array, " b"],
     key: PRNGKey,
     config: Sampling,
+    drafts: bool = False,
 ) -> Rollout:
     """Fills every masked position of `template`; the others stay as they are.
 
     Only the current block passes through the vocabulary head: nothing else can be revealed, so
     this is exact. A step at which no row has a token to reveal costs nothing.
+
+    `drafts` also keeps the full prediction of every step (`Rollout.drafts`), for which all
+    positions pass through the head; tokens and reveal steps are the same with and without.
 
     Raises:
       ValueError: `template` is not `config.length` long.
@@ -122,14 +127,15 @@ def sample(
     def reveal(carry, step):
         tokens, reveal_step, log_prob, entropy = carry
         number, start, count = step
-        hidden = denoiser.encode(jnp.concatenate([prompt, tokens], axis=1), valid)
-        hidden = jax.lax.dynamic_slice_in_dim(hidden, prompt_length + start, width, axis=1)
+        whole = denoiser.encode(jnp.concatenate([prompt, tokens], axis=1), valid)[:, prompt_length:]
+        hidden = jax.lax.dynamic_slice_in_dim(whole, start, width, axis=1)
         logits = denoiser.logits(hidden)
         log_p = jax.nn.log_softmax(logits)
         noise_keys = fold_in(keys, number)
         proposal = jnp.argmax(perturb(noise_keys, logits, config.temperature), axis=-1)
         proposal = proposal.astype(tokens.dtype)
         proposal_log_p = jnp.take_along_axis(log_p, proposal[..., None], axis=-1)[..., 0]
+        draft = _draft(whole, tokens, proposal, start, noise_keys) if drafts else None
 
         def block(x):
             return jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)
@@ -138,16 +144,30 @@ def sample(
         score = score_of(log_p, proposal_log_p, fold_in(noise_keys, 1))
         chosen = order.select_top(score, masked, count)
         news = (proposal, jnp.full_like(proposal, number), proposal_log_p, entropy_of(log_p))
-        return tuple(
+        revealed = tuple(
             jax.lax.dynamic_update_slice_in_dim(
                 old, jnp.where(chosen, new, block(old)), start, axis=1
             )
             for old, new in zip((tokens, reveal_step, log_prob, entropy), news, strict=True)
         )
+        return revealed, draft
 
     def maybe_reveal(carry, step):
         due = jnp.any(step[2] > 0)
-        return jax.lax.cond(due, reveal, lambda c, _: c, carry, step), None
+        idle = carry[0] if drafts else None
+        return jax.lax.cond(due, reveal, lambda c, _: (c, idle), carry, step)
+
+    def _draft(whole, tokens, proposal, start, keys):
+        """A token for every mask: the block's proposals, and draws of their own elsewhere."""
+
+        def draw(chunk, hidden):
+            noisy = perturb(fold_in(fold_in(keys, 2), chunk), denoiser.logits(hidden), temperature)
+            return jnp.argmax(noisy, axis=-1)
+
+        temperature = config.temperature
+        drawn = over_positions(draw, whole).astype(tokens.dtype)
+        drawn = jax.lax.dynamic_update_slice_in_dim(drawn, proposal, start, axis=1)
+        return jnp.where(tokens == denoiser.mask_id, drawn, tokens)
 
     zeros = jnp.zeros(template.shape, jnp.float32)
     never = jnp.where(template == denoiser.mask_id, config.steps, TEMPLATE)
@@ -156,7 +176,7 @@ def sample(
     counts = config.reveals(jnp.sum(masks, axis=-1)).reshape(template.shape[0], config.steps)
     number = jnp.arange(config.steps, dtype=jnp.int32)
     start = number // (config.steps // config.blocks) * width
-    (tokens, reveal_step, log_prob, entropy), _ = jax.lax.scan(
+    (tokens, reveal_step, log_prob, entropy), kept = jax.lax.scan(
         maybe_reveal, carry, (number, start, counts.T)
     )
     return Rollout(
@@ -169,6 +189,7 @@ def sample(
         row=row,
         group=group,
         length=jnp.sum(upto_eos(tokens, denoiser.eos_id), axis=1),
+        drafts=None if kept is None else jnp.moveaxis(kept, 0, 1),
     )
 
 

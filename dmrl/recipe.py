@@ -61,6 +61,11 @@ class Loop:
     """mu: inner updates on one rollout."""
     microbatches: int = 1
     """Pieces over which a gradient is accumulated."""
+    phase_steps: int = 0
+    """Outer steps of a phase, whose rollouts all come from the policy as it was at its start (a
+    frozen teacher, for DTM); the optimiser restarts with each. 0: no phases."""
+    ema: float = 0.0
+    """Decay of the average of the weights with which the next phase begins; 0: the weights."""
     rollout_chunks: int = 1
     """Pieces in which a rollout runs, so that rewards of one overlap sampling of the next."""
     checkpoint_every: int = 50
@@ -82,6 +87,11 @@ class Loop:
             raise ValueError(
                 f"rollout_chunks={self.rollout_chunks} does not divide "
                 f"prompts_per_step={self.prompts_per_step}"
+            )
+        if self.phase_steps < 0 or not 0 <= self.ema < 1 or (self.ema and not self.phase_steps):
+            raise ValueError(
+                f"ema={self.ema} with phase_steps={self.phase_steps}: an average needs phases to "
+                "begin with it and a decay in [0, 1)"
             )
         if self.num_generations < 2:
             raise ValueError(f"num_generations={self.num_generations}: a group needs at least 2")
@@ -125,7 +135,7 @@ def build(config: Mapping[str, Any]) -> Recipe:
         terms.append(make_term(name, float(options.pop("weight")), options))
     terms = [t for t in terms if t.weight]
     guidance = config["sampling"]["cfg_scale"]
-    probing = [t.name for t in terms if hasattr(t.hyper, "fillings")]
+    probing = [t.name for t in terms if hasattr(t.algorithm, "probes")]
     if guidance and probing:
         raise ValueError(
             f"sampling.cfg_scale={guidance} guides the sampler but not the probes of "

@@ -124,7 +124,8 @@ class Reinforce:
         self.train = held.prompts["train"]
         seed = data.stream_seed(recipe.seed, self.name)
         self.batches = data.batches(len(self.train.examples), loop.prompts_per_step, seed)
-        self.optimizer = optim.make(recipe.optimizer, loop.steps * loop.num_iterations)
+        updates = (loop.phase_steps or loop.steps) * loop.num_iterations
+        self.optimizer = optim.make(recipe.optimizer, updates)
         self.programs = Programs(
             recipe.model,
             recipe.terms,
@@ -134,8 +135,10 @@ class Reinforce:
             loop.num_generations,
             loop.num_iterations,
             loop.microbatches,
+            loop.phase_steps > 0,
+            loop.ema,
         )
-        self.schedule = optim.learning_rate(recipe.optimizer, loop.steps * loop.num_iterations)
+        self.schedule = optim.learning_rate(recipe.optimizer, updates)
 
     def init(self, trainable: Any) -> TrainState:
         """From the warm-started (or converted) weights."""
@@ -143,13 +146,15 @@ class Reinforce:
 
     def step(self, state: TrainState, number: int, index: np.ndarray, key: jax.Array) -> StepResult:
         """Sample in chunks, score each while the next is sampled, update."""
-        start, size = time.perf_counter(), self.recipe.loop.num_generations
-        chunks = np.split(index, self.recipe.loop.rollout_chunks)
+        start, loop = time.perf_counter(), self.recipe.loop
+        size, in_phase = loop.num_generations, number % (loop.phase_steps or loop.steps)
+        behaviour = state.trainable if state.teacher is None else state.teacher
+        chunks = np.split(index, loop.rollout_chunks)
         launched, first_row = [], 0
         for chunk in chunks:
             prompts = tuple(x[chunk] for x in self.train[1:])
             launched.append(
-                self.programs.rollout(state.trainable, self.held.frozen, prompts, first_row, key)
+                self.programs.rollout(behaviour, self.held.frozen, prompts, first_row, key)
             )
             first_row += len(chunk) * size
         scored, waited, rewarding = [], 0.0, 0.0
@@ -169,13 +174,15 @@ class Reinforce:
         values |= {k: float(v) for k, v in jax.device_get(metrics).items()}
         end = time.perf_counter()
         values |= {
-            "learning_rate": float(self.schedule(number * self.recipe.loop.num_iterations)),
+            "learning_rate": float(self.schedule(in_phase * loop.num_iterations)),
             "time/rollout": waited,
             "time/reward": rewarding,
             "time/update": end - before_update,
             "step_time": end - start,
             "tokens_per_s": values["num_tokens"] / (end - start),
         }
+        if in_phase + 1 == loop.phase_steps and number + 1 < self.steps:
+            state = self.programs.next_phase(state)
         return StepResult(state, values, self._completions(number, scored))
 
     def evaluate(self, state: TrainState, number: int) -> Evaluated | None:

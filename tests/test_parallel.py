@@ -50,7 +50,7 @@ for name in sys.argv[1:]:
     programs = Programs(cfg, terms, sampling, optax.adam(1e-2), mesh, 2, 2, 2)
     layout = parallel.shardings(mesh, params)
     frozen = jax.device_put(params, layout)
-    state = programs.init_state(jax.device_put(params, layout))
+    state = programs.init_state({"params": jax.device_put(params, layout)})
     seen = {"tokens": [], "fills": [], "loss": [], "grad_norm": []}
     for number in range(2):
         key = jax.random.fold_in(jax.random.key(5), number)
@@ -65,8 +65,8 @@ for name in sys.argv[1:]:
         state, metrics = programs.update(state, frozen, [rollout], [probes], key)
         if number == 0:
             seen["loss"], seen["grad_norm"] = float(metrics["loss"]), float(metrics["grad_norm"])
-            seen["head"] = np.asarray(state.trainable["head"]).ravel()[:64].tolist()
-    head = state.trainable["head"]
+            seen["head"] = np.asarray(state.trainable["params"]["head"]).ravel()[:64].tolist()
+    head = state.trainable["params"]["head"]
     seen["compiled"] = [programs._rollout._cache_size(), programs._update._cache_size()]
     seen["share"] = head.addressable_shards[0].data.size / head.size
     result[name] = seen

@@ -11,7 +11,8 @@ from tiny import assert_close
 
 from dmrl import models, parallel
 from dmrl.diffusion.sampler import Sampling
-from dmrl.programs import Programs, make_term, needs_reference
+from dmrl.programs import Programs, make_term, needs
+from dmrl.types import HINT, TEMPLATE
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 MODEL = models.Config(
@@ -50,6 +51,11 @@ def variables():
     return jax.tree.map(np.asarray, models.init(MODEL, jax.random.key(0)))
 
 
+def behaviour():
+    """The weights as the programs take them."""
+    return {"params": variables()["params"]}
+
+
 def fresh(tree):
     """A copy: `update` consumes the state it is given."""
     return jax.tree.map(jax.numpy.array, tree)
@@ -77,17 +83,16 @@ def scored(rollout, probes):
 
 def sampled(p, chunks=1):
     """Scored rollout chunks, as a step makes them."""
-    trainable = variables()["params"]
     cut = [np.split(x, chunks) for x in prompts()]
     size = ROWS // chunks
     done = [
-        p.rollout(trainable, None, tuple(x[i] for x in cut), i * size, KEY) for i in range(chunks)
+        p.rollout(behaviour(), None, tuple(x[i] for x in cut), i * size, KEY) for i in range(chunks)
     ]
     return tuple(zip(*(scored(*chunk) for chunk in done), strict=True))
 
 
 def updated(p, chunks):
-    state, metrics = p.update(p.init_state(fresh(variables()["params"])), None, *chunks, KEY)
+    state, metrics = p.update(p.init_state(fresh(behaviour())), None, *chunks, KEY)
     return jax.tree.map(np.asarray, state), {k: float(v) for k, v in metrics.items()}
 
 
@@ -116,9 +121,9 @@ def test_rows_of_a_group_differ_and_follow_the_key():
     assert np.asarray(rollout.row).tolist() == list(range(ROWS))
     assert np.asarray(rollout.group).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert any((tokens[i] != tokens[i + 1]).any() for i in range(0, ROWS, GROUP))
-    other, _ = programs().rollout(variables()["params"], None, prompts(), 0, jax.random.key(12))
+    other, _ = programs().rollout(behaviour(), None, prompts(), 0, jax.random.key(12))
     assert (np.asarray(other.tokens) != tokens).any()
-    again, _ = programs().rollout(variables()["params"], None, prompts(), 0, KEY)
+    again, _ = programs().rollout(behaviour(), None, prompts(), 0, KEY)
     assert (np.asarray(again.tokens) == tokens).all()
 
 
@@ -131,7 +136,7 @@ def gradients(pieces, inner, terms=TERMS):
     own = tuple(tuple(chunk[i] for i in places) for chunk in probes)
     before = variables()["params"]
     state, metrics = updated(p, (rollouts, own))
-    return jax.tree.map(np.subtract, before, state.trainable), metrics
+    return jax.tree.map(np.subtract, before, state.trainable["params"]), metrics
 
 
 @functools.cache
@@ -176,7 +181,7 @@ def test_nothing_compiles_after_the_first_step():
         if name == "/jax/core/compile/backend_compile_duration":
             compiled.append(name)
 
-    state = p.init_state(fresh(variables()["params"]))
+    state = p.init_state(fresh(behaviour()))
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         for number in range(4):
@@ -211,9 +216,9 @@ KL = (make_term("diffu_grpo", 1.0, {"beta": 0.5}), make_term("dispo", 1.0, {"bet
 
 def test_the_reference_is_the_policy_at_first_and_never_moves():
     """Of full fine-tuning; that of an adapter is tested in test_trainer.py."""
-    assert needs_reference(KL)
+    assert "reference" in needs(KL)
     p, before = programs(KL), variables()["params"]
-    frozen, state = fresh(before), p.init_state(fresh(before))
+    frozen, state = fresh(before), p.init_state(fresh({"params": before}))
     kl = []
     for number in range(4):
         key = jax.random.fold_in(KEY, number)
@@ -224,11 +229,11 @@ def test_the_reference_is_the_policy_at_first_and_never_moves():
     assert all(a > 0 and b > 0 for a, b in kl[1:])
     for was, now in zip(jax.tree.leaves(before), jax.tree.leaves(frozen), strict=True):
         np.testing.assert_array_equal(now, was)
-    assert np.any(np.asarray(state.trainable["head"]) != before["head"])
+    assert np.any(np.asarray(state.trainable["params"]["head"]) != before["head"])
 
 
 def test_without_a_penalty_there_is_no_reference():
-    assert not needs_reference(TERMS)
+    assert "reference" not in needs(TERMS)
     _, metrics = updated(programs(), sampled(programs()))
     assert not [name for name in metrics if "kl" in name]
 
@@ -254,3 +259,67 @@ def test_terms_are_weighted_and_their_metrics_told_apart():
 def test_terms_that_cannot_be_made(name, options, message):
     with pytest.raises(ValueError, match=message):
         make_term(name, 1.0, options)
+
+
+def phased(ema=0.0):
+    mesh = parallel.make_mesh()
+    return Programs(MODEL, TERMS[:1], SAMPLING, optax.adam(1e-2), mesh, GROUP, phases=True, ema=ema)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_phase_ends_by_making_its_average_the_teacher_and_restarting_adam(ema):
+    p = phased(ema)
+    state = p.init_state(fresh(behaviour()))
+    start = fresh(state.teacher)
+    for number in range(2):
+        key = jax.random.fold_in(KEY, number)
+        done, _ = p.rollout(state.teacher, None, prompts(), 0, key)
+        done = done._replace(reward=reward(done.tokens))
+        state, _ = p.update(state, None, [done], [(None,)], key)
+    for was, now in zip(jax.tree.leaves(start), jax.tree.leaves(state.teacher), strict=True):
+        np.testing.assert_array_equal(now, was)
+    student, average = fresh(state.trainable), fresh(state.ema) if ema else None
+    moved = np.abs(np.asarray(student["params"]["head"] - start["params"]["head"])).max()
+    assert moved > 1e-3
+    state = p.next_phase(state)
+    best = average if ema else student
+    for tree in (state.trainable, state.teacher):
+        for want, got in zip(jax.tree.leaves(best), jax.tree.leaves(tree), strict=True):
+            np.testing.assert_array_equal(got, want)
+    if average is not None:
+        behind = np.abs(np.asarray(student["params"]["head"] - average["params"]["head"])).max()
+        assert 0 < behind < moved
+    assert int(state.opt_state[0].count) == 0
+    assert int(state.step) == 2
+
+
+def test_in_a_phase_the_ratio_is_to_the_teacher():
+    p = phased()
+    state = p.init_state(fresh(behaviour()))
+    done, _ = p.rollout(state.teacher, None, prompts(), 0, KEY)
+    done = done._replace(reward=reward(done.tokens))
+    losses = []
+    for _ in range(2):
+        state, metrics = p.update(state, None, [done], [(None,)], KEY)
+        losses.append(float(metrics["loss"]))
+    assert losses[1] < losses[0] - 1e-4, "the same data and masks: the ratio has moved from 1"
+
+
+def test_inpainting_keeps_the_hints_and_samples_the_rest():
+    p = programs()
+    done, _ = p.rollout(behaviour(), None, prompts(), 0, KEY)
+    tokens, reveal = np.asarray(done.tokens), np.asarray(done.reveal_step)
+    rng = np.random.default_rng(3)
+    wanted = rng.random(tokens.shape) < 0.4
+    hints = np.where(wanted, rng.integers(2, 9, tokens.shape), 0).astype(np.int32)
+    again = p.inpaint(behaviour(), None, done, hints, jax.random.key(77))
+    hinted = wanted & (reveal >= 0)
+    assert hinted.any()
+    assert (wanted & (reveal == TEMPLATE)).any(), "some hints fall on the template: ignored"
+    np.testing.assert_array_equal(np.asarray(again.reveal_step) == HINT, hinted)
+    np.testing.assert_array_equal(np.asarray(again.tokens)[hinted], hints[hinted])
+    np.testing.assert_array_equal(np.asarray(again.reveal_step) == TEMPLATE, reveal == TEMPLATE)
+    fixed = reveal == TEMPLATE
+    np.testing.assert_array_equal(np.asarray(again.tokens)[fixed], tokens[fixed])
+    assert np.all(np.asarray(again.tokens) != MODEL.mask_token_id)
+    np.testing.assert_array_equal(again.row, done.row)

@@ -1,4 +1,8 @@
-"""What all recipes share: sections made from the dataclasses that own their defaults."""
+"""What all recipes share: sections made from the dataclasses that own their defaults.
+
+`tiny_sudoku` and `llada_8b` are the two settings in which the methods are compared; a recipe
+says which terms it trains there, and what its paper does differently.
+"""
 
 import dataclasses
 import typing
@@ -85,6 +89,84 @@ def make_warm_start(optimizer: ConfigDict | None = None, **values: Any) -> Confi
     return made
 
 
+def tiny_sudoku(
+    terms: dict[str, ConfigDict],
+    optimizer: dict[str, Any] | None = None,
+    sampling: dict[str, Any] | None = None,
+    **loop: Any,
+) -> ConfigDict:
+    """4x4 Sudoku on drawn boards by a model of 166,000 parameters: minutes on a laptop.
+
+    The boards are templates without a prompt. Our own recipe; `optimizer`, `sampling` and `loop`
+    override its values.
+    """
+    tuned = {"learning_rate": 4e-4, "schedule": "cosine", "warmup_steps": 10}
+    tuned |= {"final_fraction": 0.02, "weight_decay": 0.0, "clip_norm": 1.0}
+    decoding = {"length": 29, "steps": 4, "block_length": 29, "temperature": 1.0}
+    stage = {"steps": 420, "prompts_per_step": 64, "num_generations": 4, "rollout_chunks": 2}
+    return base(
+        task=make_task("sudoku", style="grid", reward="board"),
+        tokenizer="characters",
+        model=make_model(
+            vocab_size=16,  # set from the tokenizer, as are the special ids
+            mask_token_id=0,
+            eos_token_id=1,
+            d_model=64,
+            n_layers=3,
+            n_heads=4,
+            n_kv_heads=4,
+            mlp_hidden_size=176,
+            max_sequence_length=64,
+            rope_theta=100.0,  # a drawn board is 29 tokens long
+            dtype="float32",
+            param_dtype="float32",
+            remat="none",
+        ),
+        max_prompt_length=0,
+        sampling=section(Sampling, **(decoding | (sampling or {}))),
+        terms=terms,
+        optimizer=section(optim.Optimizer, **(tuned | (optimizer or {}))),
+        loop=section(recipe.Loop, **(stage | loop)),
+        warm_start=make_warm_start(
+            steps=400,
+            target=0.35,
+            optimizer=section(
+                optim.Optimizer, learning_rate=2e-3, warmup_steps=5, weight_decay=0.0, clip_norm=1.0
+            ),
+        ),
+        evaluation=section(recipe.Evaluation, steps=(16, 8, 4), splits=("test", "test_multi")),
+    )
+
+
+def llada_8b(
+    task: ConfigDict,
+    terms: dict[str, ConfigDict],
+    optimizer: dict[str, Any] | None = None,
+    sampling: dict[str, Any] | None = None,
+    **loop: Any,
+) -> ConfigDict:
+    """LLaDA-8B-Instruct as d1 trains it (arXiv 2504.12216), which most of the field builds on.
+
+    LoRA of rank 128, 256 tokens in 128 steps and blocks of 32, 16 prompts of 6 completions,
+    AdamW 3e-6 (the dataclass's defaults). `optimizer`, `sampling` and `loop` override values.
+    """
+    decoding = {"length": 256, "steps": 128, "block_length": 32, "temperature": 0.9}
+    stage = {"prompts_per_step": 16, "num_generations": 6, "microbatches": 4, "rollout_chunks": 4}
+    stage |= {"checkpoint_every": 10}
+    return base(
+        task=task,
+        tokenizer="",  # the folder of model.init_from, unless named
+        model=make_model(lora_rank=128, lora_alpha=64.0),
+        max_prompt_length=256,
+        sampling=section(Sampling, **(decoding | (sampling or {}))),
+        terms=terms,
+        optimizer=section(optim.Optimizer, **(optimizer or {})),
+        loop=section(recipe.Loop, **(stage | loop)),
+        warm_start=make_warm_start(),
+        evaluation=section(recipe.Evaluation, every=0, steps=(128,), splits=("test",), batch=32),
+    )
+
+
 def preset(arg: str | None, presets: dict[str, Any]) -> ConfigDict:
     """The preset that `--config=FILE:arg` names; the first one without an argument."""
     name = arg or next(iter(presets))
@@ -96,10 +178,12 @@ def preset(arg: str | None, presets: dict[str, Any]) -> ConfigDict:
 __all__ = [
     "Sampling",
     "base",
+    "llada_8b",
     "make_model",
     "make_task",
     "make_warm_start",
     "preset",
     "section",
     "term",
+    "tiny_sudoku",
 ]

@@ -19,9 +19,7 @@ formula and the branch temperature are our choice.
 """
 
 from configs import common
-from configs.common import Sampling, make_model, make_task, make_warm_start, section, term
-from dmrl.optim import Optimizer
-from dmrl.recipe import Evaluation, Loop
+from configs.common import make_task, term
 
 
 def get_config(arg=None):
@@ -30,73 +28,21 @@ def get_config(arg=None):
 
 def tiny():
     unbiased = {"p_mask_prompt": 0.0, "beta": 0.0}  # there is no prompt, and no reference is kept
-    return common.base(
-        task=make_task("sudoku", style="grid", reward="board"),
-        tokenizer="characters",
-        model=make_model(
-            vocab_size=16,  # set from the tokenizer, as are the special ids
-            mask_token_id=0,
-            eos_token_id=1,
-            d_model=64,
-            n_layers=3,
-            n_heads=4,
-            n_kv_heads=4,
-            mlp_hidden_size=176,
-            max_sequence_length=64,
-            rope_theta=100.0,  # a drawn board is 29 tokens long
-            dtype="float32",
-            param_dtype="float32",
-            remat="none",
-        ),
-        max_prompt_length=0,
-        sampling=section(Sampling, length=29, steps=4, block_length=29, temperature=1.0),
-        terms={
+    return common.tiny_sudoku(
+        {
             "diffu_grpo": term("diffu_grpo", 1.0, divide_by_std=True, **unbiased),
             "dispo": term("dispo", 2.0, fillings=8, state_law="uniform", **unbiased),
-        },
-        optimizer=section(
-            Optimizer,
-            learning_rate=4e-4,
-            schedule="cosine",
-            warmup_steps=10,
-            final_fraction=0.02,
-            weight_decay=0.0,
-            clip_norm=1.0,
-        ),
-        loop=section(Loop, steps=420, prompts_per_step=64, num_generations=4, rollout_chunks=2),
-        warm_start=make_warm_start(
-            steps=400,
-            target=0.35,
-            optimizer=section(
-                Optimizer, learning_rate=2e-3, warmup_steps=5, weight_decay=0.0, clip_norm=1.0
-            ),
-        ),
-        evaluation=section(Evaluation, steps=(16, 8, 4), splits=("test", "test_multi")),
+        }
     )
 
 
 def llada_8b():
-    return common.base(
-        task=make_task("sudoku", style="published", reward="cells"),
-        tokenizer="",  # the folder of model.init_from, unless named
-        model=make_model(lora_rank=128, lora_alpha=64.0),
-        max_prompt_length=256,
-        sampling=section(Sampling, length=256, steps=128, block_length=32, temperature=0.9),
-        terms={
+    return common.llada_8b(
+        make_task("sudoku", style="published", reward="cells"),
+        {
             "diffu_grpo": term("diffu_grpo", 1.0),
             "dispo": term("dispo", 0.5, branch_temperature=0.9),
         },
-        optimizer=section(Optimizer),
-        loop=section(
-            Loop,
-            steps=317,  # 3,800 optimiser steps
-            prompts_per_step=16,
-            num_generations=6,
-            num_iterations=12,
-            microbatches=4,
-            rollout_chunks=4,
-            checkpoint_every=10,
-        ),
-        warm_start=make_warm_start(),
-        evaluation=section(Evaluation, every=0, steps=(128,), splits=("test",), batch=32),
+        steps=317,  # 3,800 optimiser steps
+        num_iterations=12,
     )

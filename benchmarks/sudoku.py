@@ -17,8 +17,6 @@ Held-out test boards are decoded once before and once after; nothing is chosen o
 """
 
 import dataclasses
-import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import app, flags  # noqa: E402
 
+from benchmarks import runs  # noqa: E402
 from configs import sudoku_dispo  # noqa: E402
 from dmrl import parallel, recipe, stages, trainer  # noqa: E402
 from dmrl.held import Held  # noqa: E402
@@ -81,27 +80,6 @@ def workdir(name: str, seed: int) -> Path:
     return Path(OUT.value) / f"{name}-{seed}"
 
 
-def step_lines(path: Path, stage: str) -> list[dict[str, float]]:
-    """The step lines of a stage."""
-    lines = [json.loads(x) for x in (path / "metrics.jsonl").read_text().splitlines()]
-    return [x for x in lines if x["stage"] == stage and "step_time" in x]
-
-
-def rl_lines(path: Path) -> list[dict[str, float]]:
-    """Those of stage 2."""
-    return step_lines(path, "rl")
-
-
-def seconds(path: Path) -> float:
-    """Median seconds of a step of stage 2, times its steps: compilation does not count."""
-    return median_step(path, "rl") * len(rl_lines(path))
-
-
-def median_step(path: Path, stage: str) -> float:
-    """Median seconds of a stage's steps."""
-    return float(np.median([x["step_time"] for x in step_lines(path, stage)]))
-
-
 def config_of(name: str, seed: int) -> Any:
     """The recipe with what the run changes."""
     config = sudoku_dispo.get_config("tiny")
@@ -114,18 +92,9 @@ def config_of(name: str, seed: int) -> Any:
         dispo.weight = 0.0
     if name == "diffu_grpo_seconds":
         plain = workdir("diffu_grpo", seed)
-        ratio = seconds(workdir("dispo", seed)) / seconds(plain)
-        config.steps = round(len(rl_lines(plain)) * ratio)
+        ratio = runs.seconds(workdir("dispo", seed)) / runs.seconds(plain)
+        config.steps = round(len(runs.step_lines(plain)) * ratio)
     return config
-
-
-def share_warm_start(name: str, seed: int) -> None:
-    """Starts from the warm start of the seed's dispo run; a killed control starts again."""
-    if name == "dispo":
-        return
-    shutil.rmtree(workdir(name, seed), ignore_errors=True)
-    target = workdir(name, seed) / "checkpoints" / "warm_start"
-    shutil.copytree(workdir("dispo", seed) / "checkpoints" / "warm_start", target)
 
 
 def run(name: str, seed: int) -> None:
@@ -134,11 +103,13 @@ def run(name: str, seed: int) -> None:
     if (path / "done").exists():
         return
     print(f"== {name}, seed {seed}", flush=True)
-    share_warm_start(name, seed)
+    if name != "dispo":
+        runs.copy_warm_start(workdir("dispo", seed), path)  # a killed control starts again
     config = config_of(name, seed).to_dict()
     if name == "sft":
-        budget = seconds(workdir("dispo", seed))
-        supervise(config, path, round(budget / median_step(workdir("dispo", seed), "warm_start")))
+        budget = runs.seconds(workdir("dispo", seed))
+        step = runs.median_step(workdir("dispo", seed), "warm_start")
+        supervise(config, path, round(budget / step))
     else:
         stage = {"shuffled": Shuffled, "coin": Coin}.get(name, stages.Reinforce)
         trainer.train(recipe.build(config), path, config, stage)
@@ -177,13 +148,13 @@ def supervise(config: dict[str, Any], path: Path, steps: int) -> None:
 def table() -> str:
     """Mean change of the solve rate in points with a 95% t-interval over seeds."""
     done = sorted(Path(OUT.value).glob("*/done"))
-    runs: dict[str, list[Path]] = {}
+    found: dict[str, list[Path]] = {}
     for flag in done:
-        runs.setdefault(flag.parent.name.rpartition("-")[0], []).append(flag.parent)
+        found.setdefault(flag.parent.name.rpartition("-")[0], []).append(flag.parent)
     rows = []
-    for name in [n for n in ORDER if n in runs]:
+    for name in [n for n in ORDER if n in found]:
         for split in ("test", "test_multi"):
-            rows.append(_row(name, split, runs[name]))
+            rows.append(_row(name, split, found[name]))
     return "\n".join([_HEADER, *rows])
 
 
@@ -197,35 +168,31 @@ ORDER = (
     "sft",
 )
 _HEADER = (
-    "| run | boards | seeds | steps | reward calls | seconds | sampled, 4 steps | "
-    "16 steps | 8 steps | 4 steps | least change |\n" + "|---" * 11 + "|"
+    f"| run | boards | seeds | steps | reward calls | seconds | {' | '.join(runs.HEADINGS)} | "
+    "least change |\n" + "|---" * 11 + "|"
 )
-_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""97.5% points of Student's t for n - 1 degrees of freedom."""
 
 
 def _row(name: str, split: str, paths: list[Path]) -> str:
     cells, least = [], []
-    for setting in ("sampled_4", "greedy_16", "greedy_8", "greedy_4"):
+    for setting in runs.SETTINGS:
         pairs = [_before_after(p, f"eval/{split}/{setting}/solved") for p in paths]
         change = [100 * (b - a) for a, b in pairs]
         before, after = (100 * np.mean(x) for x in zip(*pairs, strict=True))
         half = ""
         if len(change) > 1:
-            half = f" ± {_T[len(change)] * np.std(change, ddof=1) / len(change) ** 0.5:.1f}"
+            half = f" ± {runs.half_width(change):.1f}"
         cells.append(f"{before:.1f} → {after:.1f} ({np.mean(change):+.1f}{half})")
         least.append(min(change))
-    lines = [rl_lines(p) for p in paths]
-    calls = [_calls(x) for x in lines]
     boards = "one solution" if split == "test" else "several"
     return " | ".join(
         [
             f"| {name}",
             boards,
             str(len(paths)),
-            f"{np.mean([len(x) for x in lines]):.0f}",
-            f"{np.mean(calls):,.0f}",
-            f"{np.mean([seconds(p) for p in paths]):.0f}",
+            f"{np.mean([len(runs.step_lines(p)) for p in paths]):.0f}",
+            f"{np.mean([runs.reward_calls(p) for p in paths]):,.0f}",
+            f"{np.mean([runs.seconds(p) for p in paths]):.0f}",
             *cells,
             f"{min(least):+.1f} |",
         ]
@@ -235,13 +202,6 @@ def _row(name: str, split: str, paths: list[Path]) -> str:
 def _before_after(path: Path, name: str) -> tuple[float, float]:
     found = {m: (a, b) for m, a, b in trainer.before_after(path)}
     return found[name]
-
-
-def _calls(lines: list[dict[str, float]]) -> int:
-    config = sudoku_dispo.get_config("tiny")
-    rows = config.prompts_per_step * config.num_generations
-    probes = config.terms.dispo.fillings * config.terms.dispo.states
-    return sum(rows * (1 + probes * ("dispo/step_reward" in x)) for x in lines if "reward" in x)
 
 
 def main(argv: list[str]) -> None:

@@ -253,6 +253,7 @@ class Reinforce:
             "entropy": float(np.mean(rollout.entropy[sampled])) if sampled.any() else 0.0,
             "completions/mean_length": float(np.mean(rollout.length)),
             "num_tokens": float(np.sum(sampled)),
+            "reward_calls": float(len(parts) + _fillings(scored)),
         }
         for i, term in enumerate(self.recipe.terms):
             found = [s.probes[i] for s in scored]
@@ -287,6 +288,10 @@ class Scored(NamedTuple):
     parts: list[dict[str, float]]
     texts: list[str]
     examples: Sequence[Any]
+
+
+def _fillings(scored: Sequence[Scored]) -> int:
+    return sum(np.size(p.reward) for s in scored for p in s.probes if p is not None)
 
 
 def _check_shared(what: str, count: int, mesh: Any) -> None:

@@ -6,22 +6,23 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dmrl.models import llada, logprob
+from dmrl.models import heads, llada, logprob
 from dmrl.types import Denoiser
 
 
 def bind(cfg: llada.Config, variables: Mapping[str, Any], keep_mask: bool = False) -> Denoiser:
-    """Closes a LLaDA's functions over `variables` ({'params': ...} and maybe {'lora': ...}).
+    """Closes a LLaDA's functions over `variables`: 'params' and maybe 'lora' and 'heads'.
 
     The mask token is never a prediction: its logit is -inf and it leaves every normaliser,
     unless `keep_mask` (parity with code that keeps it).
     """
     module = llada.LLaDA(cfg)
+    network = {name: tree for name, tree in variables.items() if name != "heads"}
     head = variables["params"]["head"]
     dropped = None if keep_mask else cfg.mask_token_id
 
     def encode(tokens: Int[Array, "b s"], valid: Bool[Array, "b s"]) -> Float[Array, "b s d"]:
-        return jnp.asarray(module.apply(variables, tokens, valid))
+        return jnp.asarray(module.apply(network, tokens, valid))
 
     def logits(hidden: Float[Array, "*lead d"]) -> Float[Array, "*lead v"]:
         return logprob.logits(hidden, head, dropped)
@@ -31,4 +32,5 @@ def bind(cfg: llada.Config, variables: Mapping[str, Any], keep_mask: bool = Fals
     ) -> Float[Array, "*lead z"]:
         return logprob.log_prob(hidden, head, labels, dropped)
 
-    return Denoiser(encode, logits, log_prob, cfg.mask_token_id, cfg.eos_token_id)
+    denoiser = Denoiser(encode, logits, log_prob, cfg.mask_token_id, cfg.eos_token_id)
+    return denoiser._replace(heads=heads.bind(variables.get("heads", {}), denoiser))

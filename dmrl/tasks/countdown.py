@@ -4,7 +4,10 @@ The published reward (d1, shared by SPG, wd1, EOSER and DTM) is 0 without an ans
 wrong one and 1 for a right one.
 """
 
+import ast
+import itertools
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +22,13 @@ from dmrl.tasks.options import at_least, data_file, one_of, span
 _BUCKETS = {"train": range(2, 8), "validation": range(1, 2), "test": range(1)}
 """The hash values, of 8, that belong to each split."""
 _SPLITS = (*_BUCKETS, "published")
+
+_SYMBOLS: dict[type[ast.operator], str] = {
+    ast.Add: "+",
+    ast.Sub: "-",
+    ast.Mult: "*",
+    ast.Div: "/",
+}
 
 _ROUND = 8192
 """Expressions drawn at a time."""
@@ -157,6 +167,24 @@ class Task:
             return example.solution or None
         return f"<answer>\n{example.solution}\n</answer>"
 
+    def trace(self, example: Example) -> list[tuple[str, bool]] | None:
+        """Reasoning that works the known expression out, which may be given away, and the answer.
+
+        A line that holds the whole expression may not (that of a puzzle of two numbers). None
+        if no expression is known, and in the compact style, where the completion is the answer.
+        """
+        answer = self.answer(example)
+        if answer is None or self.style == "compact":
+            return None
+        lines = [("<reasoning>\n", True)]
+        lines += [(f"{line}\n", example.solution not in line) for line in _worked(example.solution)]
+        lines.append(("</reasoning>\n", True))
+        pieces = [
+            ("".join(text for text, _ in run), allowed)
+            for allowed, run in itertools.groupby(lines, key=lambda line: line[1])
+        ]
+        return [*pieces, (answer, False)]
+
     def score(self, example: Example, completion: str) -> dict[str, float]:
         """The published reward and its parts.
 
@@ -186,6 +214,21 @@ class Task:
             return evaluate(text) == target
         value = evaluate(text, powers=True)
         return value is not None and -1e-5 < value - target < 1e-5
+
+
+def _worked(solution: str) -> list[str]:
+    """ "5*4=20" for every operation of an expression, innermost first."""
+    lines: list[str] = []
+
+    def value(node: ast.expr) -> str:
+        if isinstance(node, ast.BinOp):
+            step = f"{value(node.left)}{_SYMBOLS[type(node.op)]}{value(node.right)}"
+            lines.append(f"{step}={evaluate(ast.unparse(node))}")
+        text = str(evaluate(ast.unparse(node)))
+        return f"({text})" if re.search("[-/]", text) else text
+
+    value(ast.parse(solution, mode="eval").body)
+    return lines
 
 
 def _published(data_dir: str | None) -> list[Example]:

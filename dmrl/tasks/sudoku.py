@@ -155,6 +155,19 @@ class Task:
             return self._drawn(example.solution)
         return f"<answer>\n{example.solution}\n</answer>"
 
+    def trace(self, example: Example) -> list[tuple[str, bool]]:
+        """The answer in pieces; the empty cells, one a piece, may be given away (not all)."""
+        unsolved = example._replace(solution=example.puzzle.replace("0", BLANK))
+        pairs = zip(self.answer(example), self.answer(unsolved), strict=True)
+        pieces: list[tuple[str, bool]] = []
+        for empty, run in itertools.groupby(pairs, key=lambda pair: pair[1] == BLANK):
+            characters = [character for character, _ in run]
+            if empty:
+                pieces += [(cell, True) for cell in characters]
+            else:
+                pieces.append(("".join(characters), False))
+        return pieces
+
     def score(self, example: Example, completion: str) -> dict[str, float]:
         """Reward and both metrics, never to be mixed.
 

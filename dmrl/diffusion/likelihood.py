@@ -67,9 +67,10 @@ def eubo(
 ) -> Float[Array, "*n l"]:
     """(1/beta) log( mean over M maskings of weight_i p_i^beta ) of every position, in log space.
 
-    Summed over positions and plus SPG's constant C(T), an upper bound of log pi in expectation
-    over infinitely many maskings (SPG, arXiv 2510.09541: Renyi bound, beta >= 1). 0 where no
-    masking hides the position.
+    Summed over positions, over infinitely many maskings and plus the constant of
+    `exact.eubo_constant`, an upper bound of log pi (SPG, arXiv 2510.09541: Renyi bound,
+    beta >= 1). With M maskings the mean under the logarithm is an estimate, so the result is too
+    small in expectation (Jensen), the more so the smaller M. 0 where no masking hides the position.
     """
     seen = weight > 0
     ever = jnp.any(seen, axis=-2)
@@ -77,6 +78,34 @@ def eubo(
     inside = jnp.where(ever[..., None, :], inside, 0.0)  # no -inf alone under logsumexp: NaN
     total = jax.nn.logsumexp(inside, axis=-2) - math.log(log_prob.shape[-2])
     return jnp.where(ever, total / beta, 0.0)
+
+
+def mixture(
+    lower: Float[Array, "*n"], upper: Float[Array, "*n"], omega: float
+) -> Float[Array, "*n"]:
+    """(1 - omega) ELBO + omega EUBO (SPG, arXiv 2510.09541, eq. 8)."""
+    return (1 - omega) * lower + omega * upper
+
+
+def optimal_omega(
+    lower: Float[Array, "s d"], upper: Float[Array, "s d"], probability: Float[Array, " s"]
+) -> Float[Array, ""]:
+    """The omega whose mixture of two gradients has the least total variance over D coordinates.
+
+        omega* = (Var g_l - Cov(g_l, g_u)) / (Var g_l + Var g_u - 2 Cov(g_l, g_u))
+
+    each summed over the coordinates; the S outcomes have the given probabilities (1/S each for
+    draws). Source: SPG, Proposition 1 and its footnote. The minimum beats BOTH ends only if omega*
+    is neither 0 nor 1, which the proposition leaves out; nor does it have to lie in [0, 1]. NaN
+    if the two gradients differ by a constant.
+    """
+
+    def covariance(x: jax.Array, y: jax.Array) -> jax.Array:
+        centred = y - jnp.matmul(probability, y, precision="highest")[None]
+        return jnp.sum(probability[:, None] * x * centred)
+
+    gap = upper - lower
+    return -covariance(lower, gap) / covariance(gap, gap)
 
 
 POSITIONS = 32

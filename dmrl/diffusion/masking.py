@@ -26,6 +26,28 @@ def mask_prompt(
     return jnp.where(draw(row_keys(key, row)), mask_id, prompt)
 
 
+def mask_prompts(
+    key: PRNGKey,
+    row: Int[Array, " b"],
+    prompt: Int[Array, "b p"],
+    probability: float,
+    mask_id: int,
+    samples: int,
+) -> Int[Array, "b m p"]:
+    """`mask_prompt` for each of M maskings of a completion, independently.
+
+    The first is `mask_prompt` of the same key, hence what the other terms of an objective see.
+    """
+    first = mask_prompt(key, row, prompt, probability, mask_id)[:, None]
+    keys, everywhere = row_keys(key, row), jnp.ones(prompt.shape, bool)
+    chance = jnp.full(prompt.shape[:1], probability)
+    more = [
+        jnp.where(bernoulli(fold_in(keys, m), everywhere, chance), mask_id, prompt)[:, None]
+        for m in range(1, samples)
+    ]
+    return jnp.concatenate([first, *more], axis=1)
+
+
 def mask_uniform(
     key: PRNGKey,
     row: Int[Array, " b"],
@@ -75,13 +97,14 @@ def stratified_counts(keys: RowKeys, total: Int[Array, " b"], samples: int) -> I
     """LLaDA's mask counts for `samples` estimates: evenly spread over 1..total from a random one.
 
     Source: `get_log_likelihood` of the released LLaDA code (arXiv 2502.09992): k ~ U{1..n}, then
-    ((round(linspace(k, k + (m - 1) n / m, m)) - 1) mod n) + 1. Each count alone is U{1..n}.
+    ((round(linspace(k, k + (m - 1) n / m, m)) - 1) mod n) + 1. Here halves are always rounded up,
+    so each count alone is U{1..n}; theirs go to the even neighbour, which favours some counts
+    where n / m is an odd multiple of 1/2.
     """
-    first = uniform_count(keys, total).astype(jnp.float32)
-    spread = jnp.arange(samples, dtype=jnp.float32)[None] * (total / samples)[:, None]
+    first = uniform_count(keys, total)[:, None]
     n = jnp.maximum(total, 1)[:, None]
-    counts = jnp.mod(jnp.round(first[:, None] + spread).astype(jnp.int32) - 1, n) + 1
-    return jnp.minimum(counts, total[:, None])
+    offset = (2 * jnp.arange(samples)[None] * n + samples) // (2 * samples)
+    return jnp.minimum((first - 1 + offset) % n + 1, total[:, None])
 
 
 def complementary(
@@ -96,6 +119,44 @@ def complementary(
     count = uniform_count(keys, jnp.maximum(total - 1, jnp.minimum(total, 1)))
     chosen = random_subset(fold_in(keys, 1), allowed, count)
     return chosen, allowed & ~chosen
+
+
+def block_random(
+    keys: RowKeys,
+    counted: Bool[Array, "b l"],
+    block_length: int,
+    samples: int,
+    noise: float = 0.0,
+) -> tuple[Bool[Array, "b m l"], Bool[Array, "b m l"]]:
+    """SPG's block-wise forward process: what a block-by-block sampler could be looking at.
+
+    Each of M maskings picks one of the blocks that have a counted position and hides a uniform
+    number >= 1 of its counted positions, drawn at random, all counted positions of later blocks,
+    and each counted position of earlier blocks with probability `noise`. Returns (hidden, the
+    counted positions of the chosen block). The blocks of the M maskings are a random order of
+    the row's blocks, repeated if M is more: each alone is uniform. `block_length` must divide L.
+
+    Source: SPG, arXiv 2510.09541, section 3.3. Its code takes a random order of ALL blocks modulo
+    the number used, which is not uniform.
+    """
+    rows, length = counted.shape
+    used = jnp.any(counted.reshape(rows, length // block_length, block_length), axis=2)
+    score = jax.vmap(lambda k: jax.random.uniform(k, used.shape[1:]))(keys)
+    order = jnp.argsort(jnp.where(used, score, jnp.inf), axis=1)
+    blocks = jnp.maximum(jnp.sum(used, axis=1, keepdims=True), 1)
+    chosen = jnp.take_along_axis(order, jnp.arange(samples)[None] % blocks, axis=1)
+    position = jnp.arange(length)[None] // block_length
+
+    def one(number: Int[Array, ""], block: Int[Array, " b"]) -> tuple[jax.Array, jax.Array]:
+        own = fold_in(keys, number)
+        inside = counted & (position == block[:, None])
+        count = uniform_count(own, jnp.sum(inside, axis=1))
+        hidden = random_subset(fold_in(own, 1), inside, count)
+        hidden |= counted & (position > block[:, None])
+        before = counted & (position < block[:, None])
+        return hidden | bernoulli(fold_in(own, 2), before, jnp.full(rows, noise)), inside
+
+    return jax.vmap(one, in_axes=(0, 1), out_axes=1)(jnp.arange(samples), chosen)
 
 
 def upto_eos(tokens: Int[Array, "*b l"], eos_id: int) -> Bool[Array, "*b l"]:

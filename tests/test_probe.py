@@ -153,6 +153,25 @@ def test_one_forward_a_state_serves_all_fillings():
     assert probe.fills.shape == (3, states, fillings, 4)
 
 
+def test_the_sampler_s_own_drafts_are_returned_without_a_forward():
+    params, _, bind = tiny.perceptron(4)
+
+    def encode(tokens, valid):
+        raise AssertionError("a draft needs no forward")
+
+    drafts = jax.random.randint(jax.random.key(0), (3, 3, 4), 0, tiny.MASK)
+    rollout = tiny.rollout(TOKENS, REVEAL)._replace(drafts=drafts)
+    steps = jnp.array([[2, 0], [1, 1], [0, 2]])
+    own = ProbePlan(steps, 1, 0.0, own=True)
+    probe = fill(bind(params)._replace(encode=encode), rollout, own, jax.random.key(0))
+    assert probe.fills.shape == (3, 2, 1, 4)
+    np.testing.assert_array_equal(probe.step, steps)
+    np.testing.assert_array_equal(probe.state, state_at(rollout, steps, tiny.MASK))
+    for row in range(3):
+        for k in range(2):
+            np.testing.assert_array_equal(probe.fills[row, k, 0], drafts[row, steps[row, k]])
+
+
 @pytest.mark.parametrize("length", [1, 7, POSITIONS, 3 * POSITIONS, POSITIONS + 8, 2 * 37])
 def test_over_positions_equals_the_direct_computation(length):
     hidden = jax.random.normal(jax.random.key(length), (2, length, 3))

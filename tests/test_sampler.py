@@ -1,7 +1,10 @@
 """The sampler: the authors' decoder at temperature 0, its exact law above, its book-keeping."""
 
 import dataclasses
+import functools
+import itertools
 import json
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +17,13 @@ from dmrl import models
 from dmrl.diffusion import exact
 from dmrl.diffusion.order import select_top
 from dmrl.diffusion.probe import state_at, steps_taken
-from dmrl.diffusion.sampler import Sampling, entropy_of, guided, sample
-from dmrl.types import TEMPLATE
+from dmrl.diffusion.sampler import Sampling, entropy_of, guided, sample, tempered
+from dmrl.types import TEMPLATE, Denoiser
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
-def draw(denoiser, prompt, template, config, rows=1, key=0, valid=None, row=None):
+def draw(denoiser, prompt, template, config, rows=1, key=0, valid=None, row=None, drafts=False):
     """Completions of one prompt [P] and template [L], `rows` times, or of a batch [B,...]."""
     if prompt.ndim == 1:
         prompt = jnp.broadcast_to(prompt, (rows, *prompt.shape))
@@ -28,11 +31,13 @@ def draw(denoiser, prompt, template, config, rows=1, key=0, valid=None, row=None
         template = jnp.broadcast_to(template, (prompt.shape[0], *template.shape))
     row = jnp.arange(prompt.shape[0]) if row is None else row
     valid = jnp.ones(prompt.shape, bool) if valid is None else valid
-    args = (denoiser, prompt, valid, template, row, jnp.zeros_like(row), jax.random.key(key))
-    return compiled(*args, config)
+    args = (prompt, valid, template, row, jnp.zeros_like(row), jax.random.key(key))
+    return compiled(denoiser[:5], *args, config=config, drafts=drafts)
 
 
-compiled = jax.jit(sample, static_argnames=("denoiser", "config"))
+@functools.partial(jax.jit, static_argnames=("functions", "config", "drafts"))
+def compiled(functions, *args, config, drafts):  # a Denoiser's mapping of heads has no hash
+    return sample(Denoiser(*functions), *args, config, drafts)
 
 
 def outcomes(rollout):
@@ -263,6 +268,133 @@ def test_steps_after_the_last_reveal_cost_no_forward():
     draw(watched(bind(params), seen), prompt, template, Sampling(4, 4, 2, 1.0), rows=3)
     jax.effects_barrier()
     assert len(seen) == 1
+
+
+DRAFTED = {
+    "greedy-blocks": Sampling(6, 4, 3),
+    "blocks": Sampling(6, 6, 2, 1.0),
+    "two-by-two": Sampling(6, 3, 6, 1.3),
+    "guided-random": Sampling(6, 4, 3, 0.7, "random", cfg_scale=0.8),
+}
+
+
+@pytest.mark.parametrize("config", DRAFTED.values(), ids=DRAFTED.keys())
+def test_drafts_change_nothing_else_and_hold_what_was_revealed(config):
+    params, prompt, bind = tiny.perceptron(6)
+    denoiser, template = bind(params), jnp.array([tiny.MASK, 1, *[tiny.MASK] * 4])
+    without = draw(denoiser, prompt, template, config, rows=32)
+    out = draw(denoiser, prompt, template, config, rows=32, drafts=True)
+    assert without.drafts is None
+    for name, value in without._asdict().items():
+        if value is not None:
+            np.testing.assert_array_equal(getattr(out, name), value, err_msg=name)
+    assert out.drafts.shape == (32, config.steps, 6)
+    steps = jnp.broadcast_to(jnp.arange(config.steps), (32, config.steps))
+    states, drafts = np.asarray(state_at(out, steps, tiny.MASK)), np.asarray(out.drafts)
+    visible = states != tiny.MASK
+    np.testing.assert_array_equal(drafts[visible], states[visible])
+    assert not (drafts == tiny.MASK).any()
+    for position in range(6):
+        when = np.asarray(out.reveal_step)[:, position]
+        held = drafts[np.arange(32), np.maximum(when, 0), position]
+        np.testing.assert_array_equal(held, np.asarray(out.tokens)[:, position])
+
+
+def probabilities(denoiser, config, prompt, state):
+    """[L,V] law of the proposals at every position of one state."""
+    denoiser = guided(denoiser, config.cfg_scale, prompt.shape[0])
+    tokens = jnp.concatenate([prompt, jnp.array(state)])[None]
+    hidden = denoiser.encode(tokens, jnp.ones(tokens.shape, bool))[0, prompt.shape[0] :]
+    logits = np.asarray(denoiser.logits(hidden), np.float64)[:, : tiny.MASK]
+    return softmax(logits / config.temperature, axis=-1)
+
+
+def product_law(rows):
+    """{tokens: probability} of independent draws, one from each of `rows` [V]."""
+    outcomes = itertools.product(range(tiny.MASK), repeat=len(rows))
+    return {t: float(np.prod([p[x] for p, x in zip(rows, t, strict=True)])) for t in outcomes}
+
+
+@pytest.mark.parametrize("order", ["low_confidence", "random"])
+def test_drafts_follow_the_model_in_the_block_and_outside(order):
+    params, prompt, bind = tiny.perceptron(4)
+    config, denoiser = Sampling(4, 4, 2, 0.7, order, cfg_scale=0.8), bind(params)
+    out = draw(denoiser, prompt, ALL_MASKED, config, rows=20_000, drafts=True)
+    first, second = (list(map(tuple, out.drafts[:, t].tolist())) for t in (0, 1))
+    before = probabilities(denoiser, config, prompt, [tiny.MASK] * 4)
+    assert tiny.chi_square(first, product_law(before)) > 1e-3
+    states = state_at(out, jnp.ones((20_000, 1), jnp.int32), tiny.MASK)[:, 0].tolist()
+    state, count = Counter(map(tuple, states)).most_common(1)[0]
+    assert count > 2_000
+    after = probabilities(denoiser, config, prompt, state)
+    masked = [i for i in range(4) if state[i] == tiny.MASK]
+    rows = [i for i, s in enumerate(states) if tuple(s) == state]
+    new = [tuple(second[i][j] for j in masked) for i in rows]
+    assert tiny.chi_square(new, product_law([after[j] for j in masked])) > 1e-3
+    # Outside the block no draft has any influence on what follows: two steps are independent.
+    pairs = [(first[i][3], second[i][3]) for i in rows]
+    assert tiny.chi_square(pairs, product_law([before[3], after[3]])) > 1e-3
+
+
+def test_greedy_drafts_are_the_most_probable_tokens():
+    params, prompt, bind = tiny.perceptron(6)
+    config, denoiser = Sampling(6, 4, 3), bind(params)
+    out = draw(denoiser, prompt, jnp.full((6,), tiny.MASK), config, drafts=True)
+    for step in range(config.steps):
+        state = state_at(out, jnp.full((1, 1), step), tiny.MASK)[0, 0]
+        tokens = jnp.concatenate([prompt, state])[None]
+        logits = denoiser.logits(denoiser.encode(tokens, jnp.ones(tokens.shape, bool)))[0, 2:]
+        expected = jnp.where(state == tiny.MASK, jnp.argmax(logits, axis=-1), state)
+        np.testing.assert_array_equal(out.drafts[0, step], expected)
+
+
+def test_drafts_of_steps_without_a_reveal_are_full_predictions_too():
+    params, prompt, bind = tiny.perceptron(6)
+    M, config = tiny.MASK, Sampling(6, 6, 3, 1.0)
+    template = jnp.array([[0, 1, 2, M, M, 0], [M, 2, 0, 1, M, M]])
+    prompts = jnp.broadcast_to(prompt, (2, *prompt.shape))
+    for rows in (slice(0, 1), slice(1, 2), slice(None)):
+        out = draw(bind(params), prompts[rows], template[rows], config, drafts=True)
+        assert not (np.asarray(out.drafts) == M).any()
+        np.testing.assert_array_equal(out.drafts[:, -1], out.tokens)
+
+
+def test_drafts_of_finished_rows_cost_no_forward_and_are_keyed_by_row_alone():
+    params, prompt, bind = tiny.perceptron(4)
+    seen, config = [], Sampling(4, 4, 2, 1.0)
+    denoiser = watched(bind(params), seen)
+    out = draw(denoiser, prompt, jnp.array([0, tiny.MASK, 2, 0]), config, rows=3, drafts=True)
+    jax.effects_barrier()
+    assert len(seen) == 1
+    np.testing.assert_array_equal(out.drafts[:, 1:], jnp.stack([out.tokens] * 3, axis=1))
+    whole = draw(bind(params), prompt, ALL_MASKED, config, rows=8, drafts=True)
+    part = draw(
+        bind(params), prompt, ALL_MASKED, config, rows=2, row=jnp.array([5, 1]), drafts=True
+    )
+    np.testing.assert_array_equal(part.drafts, whole.drafts[jnp.array([5, 1])])
+
+
+def test_distant_positions_of_a_draft_have_noise_of_their_own():
+    params, prompt, bind = tiny.perceptron(64)
+    denoiser = bind(params | {"head": jnp.zeros_like(params["head"])})
+    config = Sampling(64, 8, 8, 1.0)
+    out = draw(denoiser, prompt, jnp.full((64,), tiny.MASK), config, rows=40, drafts=True)
+    draft = np.asarray(out.drafts[:, 0])
+    assert 0.25 < np.mean(draft[:, 8:32] == draft[:, 40:]) < 0.42, "one in three by chance"
+
+
+def test_a_tempered_model_has_the_law_of_the_noise():
+    params, prompt, bind = tiny.perceptron(4)
+    config, state = Sampling(4, 4, 4, 0.4), [tiny.MASK] * 4
+    tokens = jnp.concatenate([prompt, ALL_MASKED])[None]
+    cooled = tempered(bind(params), config.temperature)
+    hidden = cooled.encode(tokens, jnp.ones(tokens.shape, bool))[:, 2:]
+    expected = probabilities(bind(params), config, prompt, state)
+    labels = jnp.broadcast_to(jnp.arange(tiny.MASK), (1, 4, tiny.MASK))
+    np.testing.assert_allclose(cooled.log_prob(hidden, labels)[0], np.log(expected), atol=1e-5)
+    got = jax.nn.softmax(cooled.logits(hidden))[0, :, : tiny.MASK]
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    assert tempered(cooled, 1.0) is cooled
 
 
 @pytest.mark.parametrize(("temperature", "cfg_scale"), [(0.0, 0.0), (1.0, 2.0), (5.0, 0.0)])

@@ -93,6 +93,20 @@ def guided(denoiser: Denoiser, scale: float, prompt_length: int) -> Denoiser:
     return denoiser._replace(encode=encode)
 
 
+def tempered(denoiser: Denoiser, temperature: float) -> Denoiser:
+    """The model whose distributions are softmax(logits / temperature): what Gumbel noise draws.
+
+    The head is linear, so dividing hidden states divides logits.
+    """
+    if temperature == 1:
+        return denoiser
+
+    def encode(tokens: Int[Array, "b s"], valid: Bool[Array, "b s"]) -> jax.Array:
+        return denoiser.encode(tokens, valid) / temperature
+
+    return denoiser._replace(encode=encode)
+
+
 def sample(
     denoiser: Denoiser,
     prompt: Int[Array, "b p"],
@@ -110,7 +124,8 @@ def sample(
     this is exact. A step at which no row has a token to reveal costs nothing.
 
     `drafts` also keeps the full prediction of every step (`Rollout.drafts`), for which all
-    positions pass through the head; tokens and reveal steps are the same with and without.
+    positions pass through the head, at every step that has a mask left somewhere; tokens and
+    reveal steps are the same with and without.
 
     Raises:
       ValueError: `template` is not `config.length` long.
@@ -154,6 +169,8 @@ def sample(
 
     def maybe_reveal(carry, step):
         due = jnp.any(step[2] > 0)
+        if drafts:  # a template may leave a step without a reveal and later blocks masked
+            due |= jnp.any(carry[0] == denoiser.mask_id)
         idle = carry[0] if drafts else None
         return jax.lax.cond(due, reveal, lambda c, _: (c, idle), carry, step)
 

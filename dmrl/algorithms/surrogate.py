@@ -7,7 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dmrl.diffusion.likelihood import state_log_prob
-from dmrl.types import Denoiser, Metrics
+from dmrl.diffusion.masking import random_subset
+from dmrl.diffusion.noise import row_keys
+from dmrl.diffusion.probe import state_at, steps_taken
+from dmrl.types import Denoiser, Metrics, PRNGKey, Rollout
 
 
 class Batch(NamedTuple):
@@ -82,47 +85,139 @@ def weight(counted: Bool[Array, "n z l"], ratio_level: str) -> Float[Array, "n z
     return counted / (jnp.maximum(tokens, 1) * sequences)
 
 
+def per_part(
+    counted: Bool[Array, "b l"], part: Int[Array, "b l"], parts: int
+) -> Float[Array, "b l"]:
+    """Weights that sum to 1 over the batch, for tokens in numbered parts 0..parts-1.
+
+    Every part that has a counted token weighs the same, split evenly over its tokens.
+    """
+    part = jnp.where(counted, part, 0)
+    tokens = jax.ops.segment_sum(counted.ravel().astype(jnp.int32), part.ravel(), parts)
+    return counted / (jnp.maximum(jnp.sum(tokens > 0), 1) * jnp.maximum(tokens, 1)[part])
+
+
 def loss(
     policy: Denoiser, batch: Batch, epsilon: float | None, beta: float, ratio_level: str
 ) -> tuple[Float[Array, ""], Metrics]:
+    """The `objective` of the log-probabilities of the batch's labels."""
+    log_prob = state_log_prob(policy, batch.prompt, batch.prompt_valid, batch.state, batch.labels)
+    frozen = (batch.advantage, batch.weight, batch.old, batch.reference)
+    return objective(log_prob, *frozen, epsilon, beta, ratio_level)
+
+
+def objective(
+    log_prob: Float[Array, "n z l"],
+    advantage: Float[Array, "n z"],
+    weight: Float[Array, "n z l"],
+    old: Float[Array, "n z l"] | None,
+    reference: Float[Array, "n z l"] | None,
+    epsilon: float | None,
+    beta: float | Float[Array, "*#items"],
+    ratio_level: str = "token",
+) -> tuple[Float[Array, ""], Metrics]:
     """sum_i w_i ( -min(rho_i A, clip(rho_i) A) + beta * k3_i ), and sums for the log.
 
+    `log_prob` is any estimate of log pi whose frozen readings are `old` and `reference`.
     `ratio_level` "token": rho_i per token (diffu-GRPO's code). "sequence": one rho for the
     product over a completion's counted tokens (DiSPO eq. 5), shared by those tokens.
     """
-    log_prob = state_log_prob(policy, batch.prompt, batch.prompt_valid, batch.state, batch.labels)
-    counted = batch.weight > 0
+    counted = weight > 0
     log_prob = jnp.where(counted, log_prob, 0.0)
-    old = jax.lax.stop_gradient(log_prob) if batch.old is None else batch.old
+    old = jax.lax.stop_gradient(log_prob) if old is None else old
     log_ratio = jnp.where(counted, log_prob - old, 0.0)
     if ratio_level == "sequence":
         log_ratio = jnp.broadcast_to(jnp.sum(log_ratio, -1, keepdims=True), log_ratio.shape)
-    objective = clipped(log_ratio, batch.advantage[..., None], epsilon)
-    metrics = {"clip_ratio/region_mean": _clipped_share(log_ratio, batch, epsilon)}
-    if batch.reference is not None:
-        kl = jnp.where(counted, k3(log_prob, batch.reference), 0.0)
-        objective = objective + beta * kl
-        metrics["kl"] = jnp.sum(batch.weight * kl)
-    return jnp.sum(batch.weight * objective), metrics
+    terms = clipped(log_ratio, advantage[..., None], epsilon)
+    metrics = {"clip_ratio/region_mean": _clipped_share(log_ratio, advantage, weight, epsilon)}
+    if reference is not None:
+        kl = jnp.where(counted, k3(log_prob, reference), 0.0)
+        terms = terms + beta * kl
+        metrics["kl"] = jnp.sum(weight * kl)
+    return jnp.sum(weight * terms), metrics
 
 
-def _clipped_share(log_ratio: jax.Array, batch: Batch, epsilon: float | None) -> jax.Array:
+def _clipped_share(
+    log_ratio: jax.Array, advantage: jax.Array, weight: jax.Array, epsilon: float | None
+) -> jax.Array:
     """Weight share of tokens whose clip is active (outside the range on the paying side)."""
     if epsilon is None:
         return jnp.zeros(())
-    rho, advantage = jnp.exp(log_ratio), batch.advantage[..., None]
+    rho, advantage = jnp.exp(log_ratio), advantage[..., None]
     active = ((rho > 1 + epsilon) & (advantage > 0)) | ((rho < 1 - epsilon) & (advantage < 0))
-    return jnp.sum(batch.weight * active)
+    return jnp.sum(weight * active)
 
 
-def with_frozen(batch: Batch, behaviour: Denoiser | None, reference: Denoiser | None) -> Batch:
-    """Adds log pi_old and log pi_ref, each under the batch's own prompt mask."""
+def with_frozen(
+    batch: Batch, behaviour: Denoiser | None, reference: Denoiser | None, pieces: int = 1
+) -> Batch:
+    """Adds log pi_old and log pi_ref, each under the batch's own prompt mask.
+
+    The items go through a model in `pieces` strided cuts, one after the other, for batches of
+    more items than fit at once.
+    """
 
     def score(denoiser: Denoiser | None) -> jax.Array | None:
         if denoiser is None:
             return None
-        args = (batch.prompt, batch.prompt_valid, batch.state, batch.labels)
-        scored = state_log_prob(denoiser, *args)
-        return jnp.where(batch.weight > 0, scored, 0.0)
+
+        def piece(cut: Batch) -> jax.Array:
+            args = (cut.prompt, cut.prompt_valid, cut.state, cut.labels)
+            return jnp.where(cut.weight > 0, state_log_prob(denoiser, *args), 0.0)
+
+        if pieces == 1:
+            return piece(batch)
+        cuts = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(-1, pieces, *x.shape[1:]), 1, 0), batch
+        )
+        return jnp.moveaxis(jax.lax.map(piece, cuts), 0, 1).reshape(batch.weight.shape)
 
     return batch._replace(old=score(behaviour), reference=score(reference))
+
+
+def trajectory(
+    rollout: Rollout,
+    advantage: Float[Array, " b"],
+    weight: Float[Array, "b l"],
+    key: PRNGKey,
+    mask_id: int,
+    states: int,
+    merge: int = 1,
+) -> Batch:
+    """Items are the steps of the trajectory that drew a completion, `states` of them a row.
+
+    Step v stands for the `merge` denoising steps from v * merge on: its state is what the sampler
+    saw before the first of them, its tokens are those that they revealed, each with its `weight`.
+    A row of at most `states` steps gives all, in order (items to spare have no token). Of a longer
+    one that many are drawn uniformly without replacement and weigh more in proportion, so that the
+    expectation is the whole trajectory. Memory and time of one item are those of a completion.
+
+    Raises:
+      ValueError: the sampler may have changed a revealed token: `reveal_step` then does not tell
+        what was drawn at a step.
+    """
+    if rollout.states is not None:
+        raise ValueError("rollout.states is set: take a sampler that keeps what it revealed")
+    bound = -(-rollout.tokens.shape[1] // merge)  # T <= L: Sampling refuses more
+    kept = min(states, bound)
+    taken = (steps_taken(rollout) + merge - 1) // merge
+    there = jnp.arange(bound)[None] < taken[:, None]
+    chosen = random_subset(row_keys(key, rollout.row), there, jnp.full_like(taken, kept))
+    step = jnp.argsort(~chosen, axis=1, stable=True)[:, :kept]
+    revealed = rollout.reveal_step[:, None] // merge == step[:, :, None]
+    scale = (jnp.maximum(taken, kept) / kept)[:, None]
+    state = state_at(rollout, step * merge, mask_id)
+
+    def items(x: jax.Array) -> jax.Array:
+        return jnp.repeat(x, kept, axis=0)
+
+    return Batch(
+        prompt=items(rollout.prompt),
+        prompt_valid=items(rollout.prompt_valid),
+        state=state.reshape(-1, state.shape[2]),
+        labels=items(rollout.tokens)[:, None],
+        advantage=items(advantage)[:, None],
+        weight=jnp.where(revealed, (weight * scale)[:, None], 0.0).reshape(-1, 1, state.shape[2]),
+        old=None,
+        reference=None,
+    )

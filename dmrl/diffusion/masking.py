@@ -83,6 +83,19 @@ def random_subset(
     return select_top(noise, allowed, count)
 
 
+def random_subsets(
+    keys: RowKeys, allowed: Bool[Array, "b l"], samples: int
+) -> Bool[Array, "b m l"]:
+    """M independent maskings of a row: a `uniform_count` of the allowed positions, at random."""
+    total = jnp.sum(allowed, axis=1)
+
+    def one(number: Int[Array, ""]) -> Bool[Array, "b l"]:
+        own = fold_in(keys, number)
+        return random_subset(fold_in(own, 1), allowed, uniform_count(own, total))
+
+    return jax.vmap(one, out_axes=1)(jnp.arange(samples))
+
+
 def uniform_count(keys: RowKeys, total: Int[Array, " b"]) -> Int[Array, " b"]:
     """A mask count l ~ U{1..total} for each row; 0 where total is 0.
 
@@ -127,14 +140,16 @@ def block_random(
     block_length: int,
     samples: int,
     noise: float = 0.0,
-) -> tuple[Bool[Array, "b m l"], Bool[Array, "b m l"]]:
+) -> tuple[Bool[Array, "b m l"], Float[Array, "b m l"]]:
     """SPG's block-wise forward process: what a block-by-block sampler could be looking at.
 
     Each of M maskings picks one of the blocks that have a counted position and hides a uniform
     number >= 1 of its counted positions, drawn at random, all counted positions of later blocks,
-    and each counted position of earlier blocks with probability `noise`. Returns (hidden, the
-    counted positions of the chosen block). The blocks of the M maskings are a random order of
-    the row's blocks, repeated if M is more: each alone is uniform. `block_length` must divide L.
+    and each counted position of earlier blocks with probability `noise`. The blocks of the M
+    maskings are a random order of the row's blocks, repeated if M is more: each alone is uniform.
+    Returns (hidden, weight): weight is 0 outside the chosen block and such that, without noise,
+    `likelihood.elbo` is unbiased for the bound of a sampler that goes block by block.
+    `block_length` must divide L.
 
     Source: SPG, arXiv 2510.09541, section 3.3. Its code takes a random order of ALL blocks modulo
     the number used, which is not uniform.
@@ -144,19 +159,21 @@ def block_random(
     score = jax.vmap(lambda k: jax.random.uniform(k, used.shape[1:]))(keys)
     order = jnp.argsort(jnp.where(used, score, jnp.inf), axis=1)
     blocks = jnp.maximum(jnp.sum(used, axis=1, keepdims=True), 1)
-    chosen = jnp.take_along_axis(order, jnp.arange(samples)[None] % blocks, axis=1)
+    drawn = jnp.take_along_axis(order, jnp.arange(samples)[None] % blocks, axis=1)
     position = jnp.arange(length)[None] // block_length
 
     def one(number: Int[Array, ""], block: Int[Array, " b"]) -> tuple[jax.Array, jax.Array]:
         own = fold_in(keys, number)
         inside = counted & (position == block[:, None])
-        count = uniform_count(own, jnp.sum(inside, axis=1))
-        hidden = random_subset(fold_in(own, 1), inside, count)
-        hidden |= counted & (position > block[:, None])
+        total = jnp.sum(inside, axis=1)
+        count = uniform_count(own, total)
+        chosen = random_subset(fold_in(own, 1), inside, count)
         before = counted & (position < block[:, None])
-        return hidden | bernoulli(fold_in(own, 2), before, jnp.full(rows, noise)), inside
+        noised = bernoulli(fold_in(own, 2), before, jnp.full(rows, noise))
+        weight = blocks * (total / jnp.maximum(count, 1))[:, None]
+        return chosen | noised | counted & (position > block[:, None]), chosen * weight
 
-    return jax.vmap(one, in_axes=(0, 1), out_axes=1)(jnp.arange(samples), chosen)
+    return jax.vmap(one, in_axes=(0, 1), out_axes=1)(jnp.arange(samples), drawn)
 
 
 def upto_eos(tokens: Int[Array, "*b l"], eos_id: int) -> Bool[Array, "*b l"]:

@@ -7,6 +7,7 @@ ones sampled around injected pieces of a reference trace (`dmrl/rescue.py`). The
     A_i = r_i - mean of the group;  log pi(x_k) = log p(x_k | clean prompt, completion all masked)
     g_ik = 0 for a hint that is not among the ceil(tau * hints) most uncertain ones of its
            completion, by the entropy of the policy's own prediction there; else 1
+    L_i = sum_k g_ik: every completion weighs the same, however many of its hints are left out
 
 The restored gradient of a group with a share rho of right answers is
 rho (1 - rho) (mean score of the right - mean score of the wrong), largest at rho = 1/2.
@@ -37,7 +38,8 @@ class Hyper:
     epsilon: float | None = 0.2
     beta: float = 0.04
     ratio_level: str = "sequence"
-    """`sequence`, one ratio a completion, as the paper's text says; `token` as its formula."""
+    """`sequence`, one ratio a completion (the product over its tokens), as the paper's text says;
+    `token` as its formula."""
 
     def __post_init__(self) -> None:
         surrogate.check(0.0, self.epsilon, self.beta, self.ratio_level)
@@ -67,7 +69,7 @@ def prepare(
     inner: Inner,
     hp: Hyper,
 ) -> surrogate.Batch:
-    """One item a completion. A filtered hint still counts in the length L_i.
+    """One item a completion.
 
     The state hides the hints too: what was injected is predicted like everything else. The
     forward for the entropies runs only where the rollout has a hint.
@@ -90,7 +92,7 @@ def prepare(
         state=state,
         labels=rollout.tokens[:, None],
         advantage=advantage.group_relative(rollout.reward, rollout.group)[:, None],
-        weight=surrogate.weight(counted[:, None], "sequence") * trained[:, None],
+        weight=surrogate.weight(trained[:, None], "sequence"),
         old=None,
         reference=None,
     )

@@ -33,6 +33,7 @@ from benchmarks import runs  # noqa: E402
 from configs import sudoku_dispo  # noqa: E402
 from dmrl import parallel, recipe, stages, trainer  # noqa: E402
 from dmrl.held import Held  # noqa: E402
+from dmrl.scoring import Scored  # noqa: E402
 
 RUNS = flags.DEFINE_list("runs", ["dispo", "diffu_grpo"], "Which runs")
 SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds")
@@ -46,7 +47,7 @@ SHORT = {"shuffled": 120, "coin": 120}
 class Shuffled(stages.Reinforce):
     """Breaks the link between a completion and its reward, keeping every group's rewards."""
 
-    def _score(self, examples: Any, rollout: Any, probes: Any) -> stages.Scored:
+    def _score(self, examples: Any, rollout: Any, probes: Any) -> Scored:
         scored = super()._score(examples, rollout, probes)
         rng = np.random.default_rng(np.asarray(rollout.tokens)[:, -1].sum())
         groups = np.asarray(scored.rollout.reward).reshape(-1, self.recipe.loop.num_generations)
@@ -63,7 +64,7 @@ class Shuffled(stages.Reinforce):
 class Coin(stages.Reinforce):
     """A reward that knows nothing of the completion."""
 
-    def _score(self, examples: Any, rollout: Any, probes: Any) -> stages.Scored:
+    def _score(self, examples: Any, rollout: Any, probes: Any) -> Scored:
         scored = super()._score(examples, rollout, probes)
         rng = np.random.default_rng(np.asarray(rollout.tokens).sum())
 

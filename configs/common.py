@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from dmrl import models, optim, recipe, tasks
 from dmrl.diffusion.sampler import Sampling
 from dmrl.programs import make_term
+from dmrl.rescue import Rescue
 
 
 def section(cls: Any, **values: Any) -> ConfigDict:
@@ -48,6 +49,7 @@ def base(
     loop: ConfigDict,
     warm_start: ConfigDict,
     evaluation: ConfigDict,
+    rescue: ConfigDict | None = None,
 ) -> ConfigDict:
     """A whole recipe; a later key overrides nothing, every option stands once."""
     return ConfigDict(
@@ -64,6 +66,7 @@ def base(
             **loop,
             "warm_start": warm_start,
             "evaluation": evaluation,
+            "rescue": rescue or section(Rescue),
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
             "metrics": (),
         }

@@ -14,6 +14,7 @@ from dmrl import metrics, models, optim, tasks, tokenizer
 from dmrl.diffusion.sampler import Sampling
 from dmrl.models import weights
 from dmrl.programs import Term, make_term
+from dmrl.rescue import Rescue
 
 Section = TypeVar("Section")
 
@@ -116,6 +117,7 @@ class Recipe(typing.NamedTuple):
     warm_start: WarmStart
     warm_optimizer: optim.Optimizer
     evaluation: Evaluation
+    rescue: Rescue
     mesh: Mapping[str, int]
     metrics: tuple[str, ...]
 
@@ -141,6 +143,12 @@ def build(config: Mapping[str, Any]) -> Recipe:
             f"sampling.cfg_scale={guidance} guides the sampler but not the probes of "
             f"{', '.join(probing)}: set it to 0, or drop the term"
         )
+    rescue = section(Rescue, config["rescue"], "rescue")
+    if rescue.fraction and probing:
+        raise ValueError(
+            f"rescue.fraction={rescue.fraction} replaces completions whose states "
+            f"{', '.join(probing)} has probed: set it to 0, or drop the term"
+        )
     if not terms:
         raise ValueError("the objective has no term with a weight other than 0")
     return Recipe(
@@ -159,6 +167,7 @@ def build(config: Mapping[str, Any]) -> Recipe:
             optim.Optimizer, config["warm_start"]["optimizer"], "warm_start.optimizer"
         ),
         evaluation=section(Evaluation, config["evaluation"], "evaluation"),
+        rescue=rescue,
         mesh=dict(config["mesh"]),
         metrics=metrics.known(config["metrics"]),
     )

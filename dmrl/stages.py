@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmrl import data, evaluate, optim, parallel, tokenizer
+from dmrl import data, evaluate, models, optim, parallel, rescue, scoring
 from dmrl.held import Evaluated, Held
-from dmrl.programs import Programs, TrainState, make_term
+from dmrl.programs import Programs, TrainState, make_term, needs
 from dmrl.recipe import Recipe
+from dmrl.scoring import Scored
 from dmrl.types import TEMPLATE, Probe, Rollout
 
 
@@ -139,9 +140,21 @@ class Reinforce:
             loop.ema,
         )
         self.schedule = optim.learning_rate(recipe.optimizer, updates)
+        self.traces: rescue.Traces | None = None
+        if recipe.rescue.fraction:
+            self.traces = rescue.encode_traces(
+                recipe.task,
+                self.train.examples,
+                lambda text: recipe.tokenizer.encode(text, add_special_tokens=False),
+                recipe.sampling.length,
+            )
 
     def init(self, trainable: Any) -> TrainState:
-        """From the warm-started (or converted) weights."""
+        """From the warm-started (or converted) weights, with fresh heads if a term has any."""
+        names = needs(self.recipe.terms) & models.heads.HEADS.keys()
+        if names:
+            key = jax.random.fold_in(jax.random.key(self.recipe.seed), 20)
+            trainable = {**trainable, "heads": models.heads.init(self.recipe.model, names, key)}
         return self.programs.init_state(trainable)
 
     def step(self, state: TrainState, number: int, index: np.ndarray, key: jax.Array) -> StepResult:
@@ -163,14 +176,17 @@ class Reinforce:
             jax.block_until_ready((rollout, probes))
             waited += time.perf_counter() - clock
             clock = time.perf_counter()
-            examples = [self.train.examples[i] for i in np.repeat(chunk, size)]
-            scored.append(self._score(examples, rollout, probes))
+            rows = np.repeat(chunk, size)
+            found = self._score([self.train.examples[i] for i in rows], rollout, probes)
+            if self.traces is not None:
+                found = self._rescue(found, self.traces.of(rows), behaviour, number, key)
+            scored.append(found)
             rewarding += time.perf_counter() - clock
         before_update = time.perf_counter()
         state, metrics = self.programs.update(
             state, self.held.frozen, [s.rollout for s in scored], [s.probes for s in scored], key
         )
-        values = self._values(scored)  # on the host, while the device updates
+        values = scoring.statistics(self.recipe, scored)  # on the host, while the device updates
         values |= {k: float(v) for k, v in jax.device_get(metrics).items()}
         end = time.perf_counter()
         values |= {
@@ -205,65 +221,49 @@ class Reinforce:
 
     def _score(
         self, examples: Sequence[Any], rollout: Rollout, probes: Sequence[Probe | None]
-    ) -> "Scored":
-        """Terminal rewards of the completions and of every probe filling, in one trip."""
-        parts, texts = self._rewards(examples, np.asarray(rollout.tokens))
-        reward = np.array([p["reward"] for p in parts], np.float32)
-        filled = []
-        for probe in probes:
-            if probe is not None:
-                fills = np.asarray(probe.fills)
-                copies = fills.shape[1] * fills.shape[2]
-                repeated = [e for e in examples for _ in range(copies)]
-                fill_parts, _ = self._rewards(repeated, fills.reshape(-1, fills.shape[-1]))
-                rewards = np.array([p["reward"] for p in fill_parts], np.float32)
-                probe = probe._replace(reward=self._put(rewards.reshape(fills.shape[:3])))
-            filled.append(probe)
-        return Scored(
-            rollout._replace(reward=self._put(reward)), tuple(filled), parts, texts, examples
-        )
+    ) -> Scored:
+        return scoring.score(self.recipe, self._put, examples, rollout, probes)
 
-    def _rewards(
-        self, examples: Sequence[Any], tokens: np.ndarray
-    ) -> tuple[list[dict[str, float]], list[str]]:
-        model = self.recipe.model
-        texts = tokenizer.decode(
-            self.recipe.tokenizer, tokens, model.mask_token_id, model.eos_token_id
+    def _rescue(
+        self,
+        scored: Scored,
+        traces: rescue.Traces,
+        behaviour: Any,
+        number: int,
+        key: jax.Array,
+    ) -> Scored:
+        """Samples all-wrong groups again around hints; right ones take the place of wrong ones."""
+        rule, rollout = self.recipe.rescue, scored.rollout
+        reward, group = np.asarray(rollout.reward), np.asarray(rollout.group)
+        wrong = rule.all_wrong(reward, group)
+        if not wrong.any():
+            return scored
+        row, seed = np.asarray(rollout.row), self.recipe.seed
+        hints = rule.hints(traces, wrong, row, seed, number, self.recipe.model.mask_token_id)
+        again = self.programs.inpaint(
+            behaviour, self.held.frozen, rollout, hints, jax.random.fold_in(key, 4)
         )
-        score = self.recipe.task.score
-        return [score(e, t) for e, t in zip(examples, texts, strict=True)], texts
+        hinted = self._score(scored.examples, again, scored.probes)
+        taken = rule.replaced(reward, np.asarray(hinted.rollout.reward), group)
+
+        def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+            here = np.asarray(new), np.asarray(old)
+            return self._put(np.where(taken.reshape(-1, *[1] * (new.ndim - 1)), *here))
+
+        return scored._replace(
+            rollout=jax.tree.map(choose, hinted.rollout, rollout),
+            parts=[
+                a if t else b for t, a, b in zip(taken, hinted.parts, scored.parts, strict=True)
+            ],
+            texts=[
+                a if t else b for t, a, b in zip(taken, hinted.texts, scored.texts, strict=True)
+            ],
+        )
 
     def _put(self, x: np.ndarray) -> jax.Array:
         return jax.device_put(x, parallel.batch_sharding(self.programs.mesh))
 
-    def _values(self, scored: Sequence["Scored"]) -> dict[str, float]:
-        """TRL's names for what the rollout showed."""
-        rollout = jax.tree.map(
-            lambda *xs: np.concatenate([np.asarray(x) for x in xs]), *(s.rollout for s in scored)
-        )
-        parts = [p for s in scored for p in s.parts]
-        sampled = rollout.reveal_step >= 0
-        values = {
-            f"rewards/{name}/mean": float(np.mean([p[name] for p in parts]))
-            for name in parts[0]
-            if name != "reward"
-        }
-        groups = rollout.reward.reshape(-1, self.recipe.loop.num_generations)
-        values |= _spread("", groups) | {
-            "entropy": float(np.mean(rollout.entropy[sampled])) if sampled.any() else 0.0,
-            "completions/mean_length": float(np.mean(rollout.length)),
-            "num_tokens": float(np.sum(sampled)),
-            "reward_calls": float(len(parts) + _fillings(scored)),
-        }
-        for i, term in enumerate(self.recipe.terms):
-            found = [s.probes[i] for s in scored]
-            rewards = [np.asarray(p.reward) for p in found if p is not None]
-            if rewards:
-                siblings = np.concatenate(rewards).reshape(-1, rewards[0].shape[-1])
-                values |= _spread(f"{term.name}/step_", siblings)
-        return values
-
-    def _completions(self, number: int, scored: Sequence["Scored"]) -> list[dict[str, Any]]:
+    def _completions(self, number: int, scored: Sequence[Scored]) -> list[dict[str, Any]]:
         every = self.recipe.loop.completions_every
         if not every or (number + 1) % every:
             return []
@@ -280,20 +280,6 @@ class Reinforce:
         ]
 
 
-class Scored(NamedTuple):
-    """A chunk of a rollout with its rewards, and what the host read in it."""
-
-    rollout: Rollout
-    probes: tuple[Probe | None, ...]
-    parts: list[dict[str, float]]
-    texts: list[str]
-    examples: Sequence[Any]
-
-
-def _fillings(scored: Sequence[Scored]) -> int:
-    return sum(np.size(p.reward) for s in scored for p in s.probes if p is not None)
-
-
 def _check_shared(what: str, count: int, mesh: Any) -> None:
     shards = parallel.batch_shards(mesh)
     if count % shards:
@@ -301,14 +287,3 @@ def _check_shared(what: str, count: int, mesh: Any) -> None:
             f"{what}: {count} cannot be shared evenly by the {shards} devices of the mesh's data "
             f"and fsdp axes; make it a multiple of {shards}, or these axes smaller"
         )
-
-
-def _spread(prefix: str, groups: np.ndarray) -> dict[str, float]:
-    """Mean reward, mean within-group std, and the share of groups without a signal."""
-    std = groups.std(axis=1)
-    zero = f"{prefix.removesuffix('step_')}frac_reward_zero_std"
-    return {
-        f"{prefix}reward": float(groups.mean()),
-        f"{prefix}reward_std": float(std.mean()),
-        zero: float(np.mean(std == 0)),
-    }

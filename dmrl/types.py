@@ -103,9 +103,9 @@ class ProbePlan(NamedTuple):
 class Inner(NamedTuple):
     """Which of the inner updates on one rollout a batch is for."""
 
-    index: Int[Array, ""]
-    """0 .. count - 1."""
-    count: int
+    number: Int[Array, ""]
+    """0 .. total - 1."""
+    total: int
     """mu."""
     key: PRNGKey
     """The same for all inner updates of a rollout, unlike the key that `prepare` gets."""

@@ -54,9 +54,9 @@ def mask_ratio(row: Int[Array, " b"], inner: Inner, hp: Hyper) -> Float[Array, "
     """t_n of every row: u depends on `inner.key` and the row, hence not on n."""
     u = jax.vmap(jax.random.uniform)(row_keys(inner.key, row))
     if hp.sweep == "rising":
-        t = u + inner.index / max(inner.count - 1, 1) * (1 - u)
+        t = u + inner.number / max(inner.total - 1, 1) * (1 - u)
     else:
-        t = jnp.mod(u + inner.index / inner.count, 1.0)
+        t = jnp.mod(u + inner.number / inner.total, 1.0)
     return jnp.clip(t, hp.t_min, 1.0)
 
 

@@ -141,25 +141,12 @@ def _maskings(
     return hidden, hidden / jnp.where(t > 0, t, 1.0)[:, :, None]
 
 
-def bounds(
-    log_prob: Float[Array, "n m l"],
-    inverse_t: Float[Array, "n m l"],
-    length: Int[Array, " n"],
-    beta: float,
-) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-    """(ELBO, EUBO) per token of each completion, from M maskings; 0 if nothing is hidden."""
-    lower = likelihood.elbo(log_prob, inverse_t) / jnp.maximum(length, 1)
-    union = jnp.sum(jnp.any(inverse_t > 0, axis=1), axis=1)
-    upper = jnp.sum(likelihood.eubo(log_prob, inverse_t, beta), axis=1) / jnp.maximum(union, 1)
-    return lower, upper
-
-
 def loss(models: Models, batch: Batch, hp: Hyper) -> tuple[Float[Array, ""], Metrics]:
     """The equations above; logs both bounds, in nats per token."""
     log_prob = likelihood.masks_log_prob(
         models.policy, batch.prompt, batch.prompt_valid, batch.state, batch.labels
     )
-    lower, upper = bounds(log_prob, batch.inverse_t, batch.length, hp.eubo_beta)
+    lower, upper = likelihood.sandwich(log_prob, batch.inverse_t, batch.length, hp.eubo_beta)
     negative = {
         "mix": likelihood.mixture(lower, upper, hp.omega),
         "eubo": upper,

@@ -80,6 +80,22 @@ def eubo(
     return jnp.where(ever, total / beta, 0.0)
 
 
+def sandwich(
+    log_prob: Float[Array, "*n m l"],
+    weight: Float[Array, "*n m l"],
+    length: Int[Array, "*n"],
+    beta: float,
+) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
+    """(ELBO, EUBO) per token from the same M maskings, as SPG normalises them; 0 if none hides.
+
+    `elbo` over the `length` tokens; `eubo` over those that some masking hides, so that positions
+    never seen count as the average of the others.
+    """
+    lower = elbo(log_prob, weight) / jnp.maximum(length, 1)
+    union = jnp.sum(jnp.any(weight > 0, axis=-2), axis=-1)
+    return lower, jnp.sum(eubo(log_prob, weight, beta), axis=-1) / jnp.maximum(union, 1)
+
+
 def mixture(
     lower: Float[Array, "*n"], upper: Float[Array, "*n"], omega: float
 ) -> Float[Array, "*n"]:

@@ -170,6 +170,13 @@ def llada_8b(
     )
 
 
+def published(task: str) -> ConfigDict:
+    """A task in d1's wording with the published reward: `sudoku` or `countdown` (3 numbers)."""
+    if task == "sudoku":
+        return make_task("sudoku", style="published", reward="cells")
+    return make_task("countdown", style="published", numbers=(3, 3))
+
+
 def preset(arg: str | None, presets: dict[str, Any]) -> ConfigDict:
     """The preset that `--config=FILE:arg` names; the first one without an argument."""
     name = arg or next(iter(presets))
@@ -186,6 +193,7 @@ __all__ = [
     "make_task",
     "make_warm_start",
     "preset",
+    "published",
     "section",
     "term",
     "tiny_sudoku",

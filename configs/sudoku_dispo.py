@@ -19,7 +19,7 @@ formula and the branch temperature are our choice.
 """
 
 from configs import common
-from configs.common import make_task, term
+from configs.common import term
 
 
 def get_config(arg=None):
@@ -38,7 +38,7 @@ def tiny():
 
 def llada_8b():
     return common.llada_8b(
-        make_task("sudoku", style="published", reward="cells"),
+        common.published("sudoku"),
         {
             "diffu_grpo": term("diffu_grpo", 1.0),
             "dispo": term("dispo", 0.5, branch_temperature=0.9),

@@ -1,0 +1,37 @@
+"""UniGRPO (MMaDA, arXiv 2505.15809).
+
+    python launch/train.py --config=configs/unigrpo.py            # tiny: a laptop, minutes
+    python launch/train.py --config=configs/unigrpo.py:sudoku \\
+        --config.model.init_from=CKPT_DIR --config.tokenizer=HF_DIR
+
+tiny: the drawn 4x4 Sudoku of configs/common.py, our own setting; measured in docs/methods.md.
+
+sudoku, countdown: LLaDA-8B-Instruct. Published (as SPG re-implements it, arXiv 2510.09541, Table
+1, 128 / 256 / 512 tokens): Sudoku, 3-shot, 59.0 / 67.0 / 62.9 % of empty cells; Countdown 44.5 /
+43.0 / 57.0 %. Not run here. MMaDA's own code of this stage is not public: mu 12 and everything
+that its Algorithm 1 does not state are d1's.
+"""
+
+from configs import common
+from configs.common import term
+
+
+def get_config(arg=None):
+    return common.preset(arg, {"tiny": tiny, "sudoku": sudoku, "countdown": countdown})
+
+
+def tiny():
+    return common.tiny_sudoku({"unigrpo": term("unigrpo", 1.0, beta=0.0)})
+
+
+def sudoku():
+    return _llada("sudoku")
+
+
+def countdown():
+    return _llada("countdown")
+
+
+def _llada(task):
+    terms = {"unigrpo": term("unigrpo", 1.0)}
+    return common.llada_8b(common.published(task), terms, steps=400, num_iterations=12)

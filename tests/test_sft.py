@@ -27,9 +27,10 @@ def examples(rows, template=False):
     return params, bind, tiny.rollout(tokens, reveal, jnp.broadcast_to(prompt, (rows, 2)))
 
 
-def prepared(bind, params, rollout, key=0):
+def prepared(bind, params, rollout, key=0, complementary=False):
     trio = Models(bind(params), None, None)
-    return sft.prepare(trio, rollout, None, jax.random.key(key), tiny.INNER, sft.Hyper())
+    hp = sft.Hyper(complementary)
+    return sft.prepare(trio, rollout, None, jax.random.key(key), tiny.INNER, hp)
 
 
 def value(bind, params, batch):
@@ -54,13 +55,15 @@ def exact_bound(bind, params, rollout, free):
     return total
 
 
+@pytest.mark.parametrize("complementary", [False, True], ids=["once", "complementary"])
 @pytest.mark.parametrize("template", [False, True])
-def test_the_loss_is_an_unbiased_estimate_of_the_exact_bound(template):
+def test_the_loss_is_an_unbiased_estimate_of_the_exact_bound(template, complementary):
     rows = 100_000
     params, bind, rollout = examples(rows, template)
-    batch = prepared(bind, params, rollout)
+    batch = prepared(bind, params, rollout, complementary=complementary)
     log_prob = state_log_prob(bind(params), *batch[:4])
     each = -rows * jnp.sum(batch.weight * jnp.where(batch.weight > 0, log_prob, 0), axis=(1, 2))
+    each = jnp.sum(each.reshape(rows, -1), axis=1)  # of an example
     loss = float(value(bind, params, batch))
     assert loss == pytest.approx(float(jnp.mean(each)), rel=1e-4)
     expected = exact_bound(bind, params, rollout, [0, 2] if template else [0, 1, 2])
@@ -93,6 +96,26 @@ def test_a_weight_is_one_over_t_length_and_rows():
     assert ((t > 1e-3) & (t < 1)).all()
 
 
+@pytest.mark.parametrize("template", [False, True])
+def test_complementary_masks_predict_every_free_token_exactly_once(template):
+    params, bind, rollout = examples(400, template)
+    batch = prepared(bind, params, rollout, complementary=True)
+    hidden = (np.asarray(batch.state) == tiny.MASK).reshape(400, 2, LENGTH)
+    np.testing.assert_array_equal(hidden.sum(axis=1), rollout.reveal_step >= 0)
+    assert (hidden[:, 0] != hidden[:1, 0]).any()
+    weight = np.asarray(batch.weight).reshape(400, 2, LENGTH)
+    np.testing.assert_array_equal(weight > 0, hidden)
+    # 1 / t and 1 / (1 - t), over 2 copies, rows and free tokens: their inverses add up.
+    free = 2 if template else 3
+    share = 1 / (weight.max(axis=2) * 2 * 400 * free)[hidden.any(axis=2).all(axis=1)]
+    np.testing.assert_allclose(share.sum(axis=1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(batch.labels[::2], batch.labels[1::2])
+    np.testing.assert_array_equal(
+        np.where(batch.weight > 0, 0, batch.state[:, None]),
+        np.where(batch.weight > 0, 0, batch.labels),
+    )
+
+
 def test_the_gradient_does_not_see_unmasked_tokens():
     params, bind, rollout = examples(64)
     batch = prepared(bind, params, rollout)
@@ -105,11 +128,12 @@ def test_the_gradient_does_not_see_unmasked_tokens():
     tiny.assert_close(slope(params, other), slope(params, batch), rtol=1e-6)
 
 
-def test_gradients_of_strided_microbatches_add_up():
+@pytest.mark.parametrize("complementary", [False, True], ids=["once", "complementary"])
+def test_gradients_of_strided_microbatches_add_up(complementary):
     params, bind, rollout = examples(12)
-    batch = prepared(bind, params, rollout)
+    batch = prepared(bind, params, rollout, complementary=complementary)
     slope = jax.jit(jax.grad(lambda p, b: value(bind, p, b)))
-    for cuts in (2, 3, 12):
+    for cuts in (2, 3):
         parts = [jax.tree.map(lambda x, i=i, n=cuts: x[i::n], batch) for i in range(cuts)]
         total = jax.tree.map(lambda *g: sum(g), *[slope(params, part) for part in parts])
         tiny.assert_close(total, slope(params, batch), rtol=1e-5)

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dmrl.diffusion.likelihood import over_positions
 from dmrl.diffusion.noise import fold_in, perturb, row_keys
@@ -20,6 +20,20 @@ def state_at(rollout: Rollout, step: Int[Array, "b k"], mask_id: int) -> Int[Arr
 def steps_taken(rollout: Rollout) -> Int[Array, " b"]:
     """How many denoising steps revealed something; states 0..n-1 have at least one mask."""
     return jnp.max(rollout.reveal_step, axis=1) + 1
+
+
+def step_entropy(
+    rollout: Rollout,
+) -> tuple[Float[Array, "b steps"], Bool[Array, "b steps"]]:
+    """Mean entropy of the tokens that each step revealed (0 if none), and whether it revealed any.
+
+    Steps are numbered up to the length of the completion: no schedule has more.
+    """
+    steps = jnp.arange(rollout.tokens.shape[1])
+    revealed = rollout.reveal_step[:, None] == steps[None, :, None]
+    tokens = jnp.sum(revealed, axis=-1)
+    total = jnp.sum(jnp.where(revealed, rollout.entropy[:, None], 0.0), axis=-1)
+    return total / jnp.maximum(tokens, 1), tokens > 0
 
 
 def fill(denoiser: Denoiser, rollout: Rollout, plan: ProbePlan, key: PRNGKey) -> Probe:

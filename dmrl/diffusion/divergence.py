@@ -1,0 +1,41 @@
+"""Exact divergences of two models' distributions, a few vocabulary rows at a time."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from dmrl.diffusion.likelihood import over_positions
+from dmrl.types import Denoiser
+
+
+def hidden_of(
+    denoiser: Denoiser,
+    prompt: Int[Array, "n p"],
+    prompt_valid: Bool[Array, "n p"],
+    state: Int[Array, "n l"],
+) -> Float[Array, "n l d"]:
+    """What a model's head reads at every position of `state`: one forward."""
+    tokens = jnp.concatenate([prompt, state], axis=1)
+    valid = jnp.concatenate([prompt_valid, jnp.ones(state.shape, bool)], axis=1)
+    return denoiser.encode(tokens, valid)[:, prompt.shape[1] :]
+
+
+def kl(
+    policy: Denoiser,
+    reference: Denoiser,
+    hidden: Float[Array, "n l d"],
+    reference_hidden: Float[Array, "n l d2"],
+) -> Float[Array, "n l"]:
+    """KL(pi || pi_ref) in nats over the vocabulary at every position; differentiable in `hidden`.
+
+    The backward pass recomputes the logits, so no [N,L,V] array exists in either direction.
+    """
+
+    @jax.checkpoint
+    def rows(_: Int[Array, ""], both: Float[Array, "n w d3"]) -> Float[Array, "n w"]:
+        log_p = jax.nn.log_softmax(policy.logits(both[..., : hidden.shape[-1]]))
+        log_q = jax.nn.log_softmax(reference.logits(both[..., hidden.shape[-1] :]))
+        gap = jnp.where(log_p > -jnp.inf, log_p - log_q, 0.0)  # MASK is impossible under both
+        return jnp.sum(jnp.exp(log_p) * gap, axis=-1)
+
+    return over_positions(rows, jnp.concatenate([hidden, reference_hidden], axis=-1))

@@ -7,9 +7,10 @@
 The task is the drawn 4x4 Sudoku of `configs/common.py`; a method is the `tiny` preset of
 configs/METHOD.py with `--steps` outer steps of 64 prompts x 4 completions. For each method the
 learning rate is the one of `--rates` whose run from the first seed's warm start ends with the
-highest validation solve rate (mean of the four ways of decoding); with it every seed is then
-trained and the test split is decoded once before and once after. Every run is a workdir of its
-own, so a command again continues. Writes methods.json and methods.svg.
+highest validation solve rate (mean of the four ways of decoding); with it the other seeds are
+trained. Every run decodes the test split once before and once after; only the chosen rate's is
+shown. Every run is a workdir of its own, so a command again continues. Writes methods.json and
+methods.svg.
 """
 
 import importlib
@@ -49,15 +50,15 @@ METHODS = (
 )
 WHICH = flags.DEFINE_list("methods", list(METHODS), "Which configs")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds; the first one chooses the rate")
-RATES = flags.DEFINE_list("rates", ["1.5e-4", "4e-4", "1e-3"], "Learning rates")
+RATES = flags.DEFINE_list("rates", ["2e-4", "4e-4", "1e-3"], "Learning rates")
 STEPS = flags.DEFINE_integer("steps", 120, "Outer steps of every run")
 OUT = flags.DEFINE_string("out", "runs/methods", "Where the workdirs live")
 TABLE = flags.DEFINE_bool("table", False, "Only the table of finished runs")
 
 
-def folder(name: str, seed: int, rate: str = "") -> Path:
-    """Of one run: a candidate if a rate is named."""
-    return Path(OUT.value) / (f"sweep/{name}-{rate}" if rate else f"{name}-{seed}")
+def folder(name: str, seed: int, rate: str) -> Path:
+    """Of one run."""
+    return Path(OUT.value) / f"{name}-{rate}-{seed}"
 
 
 def config_of(name: str, seed: int, rate: str) -> Any:
@@ -67,6 +68,7 @@ def config_of(name: str, seed: int, rate: str) -> Any:
     config.phase_steps = min(config.phase_steps, STEPS.value // 3)
     config.optimizer.learning_rate = float(rate)
     config.evaluation.every = 0
+    config.evaluation.splits = ("test",)
     config.checkpoint_every = STEPS.value
     return config
 
@@ -95,16 +97,18 @@ def warm_start(seed: int) -> None:
     (path / "done").touch()
 
 
-def best_rate(name: str) -> str:
-    """The learning rate with the best validation from the first seed's warm start."""
+def try_rates(name: str, seed: int) -> None:
+    """A run with every rate; one that diverges is said and left."""
     for rate in RATES.value:
-        config = config_of(name, int(SEEDS.value[0]), rate)
-        config.evaluation.splits, config.evaluation.size = (), 512
         try:
-            train(folder(name, 0, rate), config)
+            train(folder(name, seed, rate), config_of(name, seed, rate))
         except trainer.NotFiniteError as error:
             print(f"{name} at {rate}: {error}", flush=True)
-    return max(RATES.value, key=lambda rate: validation(folder(name, 0, rate)))
+
+
+def best_rate(name: str, seed: int) -> str:
+    """The learning rate with the best validation from a seed's warm start."""
+    return max(RATES.value, key=lambda rate: validation(folder(name, seed, rate)))
 
 
 def validation(path: Path) -> float:
@@ -117,32 +121,32 @@ def validation(path: Path) -> float:
 
 def measure(name: str) -> None:
     """All runs of a method."""
-    for seed in map(int, SEEDS.value):
+    first, *others = map(int, SEEDS.value)
+    warm_start(first)
+    try_rates(name, first)
+    rate = best_rate(name, first)
+    for seed in others:
         warm_start(seed)
-    rate = best_rate(name)
-    for seed in map(int, SEEDS.value):
-        train(folder(name, seed), config_of(name, seed, rate))
+        train(folder(name, seed, rate), config_of(name, seed, rate))
 
 
 def result(name: str) -> dict[str, Any] | None:
     """What the finished runs of a method show; None if there is none."""
-    paths = [folder(name, int(seed)) for seed in SEEDS.value]
+    rate = best_rate(name, int(SEEDS.value[0]))
+    paths = [folder(name, int(seed), rate) for seed in SEEDS.value]
     paths = [p for p in paths if (p / "done").exists()]
     if not paths:
         return None
-    found: dict[str, Any] = {"method": name, "seeds": len(paths)}
-    config = json.loads((paths[0] / "config.json").read_text())["config"]
-    found["rate"] = config["optimizer"]["learning_rate"]
-    for split in ("test", "test_multi"):
-        for setting in runs.SETTINGS:
-            pairs = [_before_after(p, f"eval/{split}/{setting}/solved") for p in paths]
-            change = [100 * (after - before) for before, after in pairs]
-            found[f"{split}/{setting}"] = {
-                "before": 100 * float(np.mean([b for b, _ in pairs])),
-                "after": 100 * float(np.mean([a for _, a in pairs])),
-                "change": float(np.mean(change)),
-                "half_width": runs.half_width(change),
-            }
+    found: dict[str, Any] = {"method": name, "seeds": len(paths), "rate": float(rate)}
+    for setting in runs.SETTINGS:
+        pairs = [_before_after(p, f"eval/test/{setting}/solved") for p in paths]
+        change = [100 * (after - before) for before, after in pairs]
+        found[setting] = {
+            "before": 100 * float(np.mean([b for b, _ in pairs])),
+            "after": 100 * float(np.mean([a for _, a in pairs])),
+            "change": float(np.mean(change)),
+            "half_width": runs.half_width(change),
+        }
     lines = [x for p in paths for x in runs.step_lines(p)]
     found["seconds"] = float(np.mean([runs.seconds(p) for p in paths]))
     found["seconds_update"] = float(np.median([x["time/update"] for x in lines]))
@@ -162,7 +166,7 @@ def table(results: list[dict[str, Any]]) -> str:
     for r in results:
         cells = []
         for setting in runs.SETTINGS:
-            x = r[f"test/{setting}"]
+            x = r[setting]
             spread = f" ± {x['half_width']:.1f}" if r["seeds"] > 1 else ""
             cells.append(f"{x['before']:.1f} → {x['after']:.1f} ({x['change']:+.1f}{spread})")
         name = r["method"].removeprefix("sudoku_")
@@ -184,7 +188,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         1, len(runs.SETTINGS), sharey=True, figsize=(12, 0.6 + 0.32 * len(names))
     )
     for axis, setting, heading in zip(axes, runs.SETTINGS, runs.HEADINGS, strict=True):
-        cells = [r[f"test/{setting}"] for r in results]
+        cells = [r[setting] for r in results]
         half = [0.0 if math.isnan(x["half_width"]) else x["half_width"] for x in cells]
         axis.errorbar([x["change"] for x in cells], range(len(names)), xerr=half, fmt="o", ms=4)
         axis.axvline(0, color="0.6", lw=1)
@@ -204,7 +208,7 @@ def main(argv: list[str]) -> None:
         for name in WHICH.value:
             measure(name)
     results = [r for r in map(result, METHODS) if r]
-    results.sort(key=lambda r: -np.mean([r[f"test/{s}"]["change"] for s in runs.SETTINGS]))
+    results.sort(key=lambda r: -np.mean([r[s]["change"] for s in runs.SETTINGS]))
     print(table(results))
     out = Path(OUT.value)
     (out / "methods.json").write_text(json.dumps(results, indent=1))

@@ -103,7 +103,8 @@ def test_golden_bounds_losses_and_gradients(recorded):
             )
             (loss, _), cotangent = of_table(log_prob, batch, hp)
             assert float(loss) == pytest.approx(case["loss"], rel=1e-4), full
-            goldens.assert_gradient(gradient(params, batch, cotangent), case, tensors, full)
+            grad = jax.tree.map(np.asarray, gradient(params, batch, cotangent))
+            goldens.assert_gradient(grad, case, tensors, full)
 
 
 def case(rows=6, seed=0, reward=None, eos=EOS, length=LENGTH):
@@ -122,8 +123,9 @@ def hyper(**values):
     return spg.Hyper(**{"block_length": BLOCK, **values})
 
 
-def prepared(policy, rollout, hp, key=0):
-    trio = Models(policy, None, None)
+@functools.partial(jax.jit, static_argnames=("bind", "hp", "key"))
+def prepared(bind, params, rollout, hp, key=0):
+    trio = Models(bind(params), None, None)
     return spg.prepare(trio, rollout, None, jax.random.key(key), tiny.INNER, hp)
 
 
@@ -140,9 +142,9 @@ def test_it_needs_no_reference_and_no_probe():
 @pytest.mark.parametrize("negative", ["mix", "eubo", "elbo", "zero"])
 def test_the_gradient_is_the_one_of_the_papers_appendix(negative):
     """Eqs. 26 to 28: the score of token i under masking tau has the weight written out here."""
-    _, bind, rollout = case(eos=tiny.NO_EOS)
+    params, bind, rollout = case(eos=tiny.NO_EOS)
     hp = hyper(negative=negative, eubo_beta=1.3, omega=0.3, samples=3)
-    batch = prepared(bind(case()[0]), rollout, hp)
+    batch = prepared(bind, params, rollout, hp)
     log_prob = -jax.random.exponential(jax.random.key(3), batch.inverse_t.shape)
     (loss, metrics), got = of_table(log_prob, batch, hp)
     hidden, p = np.asarray(batch.state == tiny.MASK), np.exp(np.asarray(log_prob))
@@ -170,9 +172,9 @@ def test_the_gradient_is_the_one_of_the_papers_appendix(negative):
 
 @pytest.mark.parametrize("masking", ["block_random", "random", "all"])
 def test_states_hide_what_they_say_and_weigh_it_by_its_share(masking):
-    _, bind, rollout = case(rows=200)
+    params, bind, rollout = case(rows=200)
     hp = hyper(masking=masking, samples=3)
-    batch = prepared(bind(case()[0]), rollout, hp)
+    batch = prepared(bind, params, rollout, hp)
     counted = np.asarray(upto_eos(rollout.tokens, EOS) & (rollout.reveal_step >= 0))
     np.testing.assert_allclose(batch.share, counted.sum(axis=1) / counted.sum(), rtol=1e-6)
     masked = np.asarray(batch.state == tiny.MASK)
@@ -194,10 +196,10 @@ def test_states_hide_what_they_say_and_weigh_it_by_its_share(masking):
 
 
 def test_noise_falls_on_the_prompt_and_on_blocks_before_the_chosen_one_only():
-    _, bind, rollout = case(rows=300, eos=tiny.NO_EOS)
-    policy, key = bind(case()[0]), jax.random.key(0)
+    params, bind, rollout = case(rows=300, eos=tiny.NO_EOS)
     clean, noisy = (
-        prepared(policy, rollout, hyper(p_mask_prompt=p, positions="block")) for p in (0.0, 1.0)
+        prepared(bind, params, rollout, hyper(p_mask_prompt=p, positions="block"))
+        for p in (0.0, 1.0)
     )
     np.testing.assert_array_equal(noisy.prompt, tiny.MASK)
     np.testing.assert_array_equal(clean.prompt, jnp.repeat(rollout.prompt[:, None], 2, axis=1))
@@ -210,18 +212,17 @@ def test_noise_falls_on_the_prompt_and_on_blocks_before_the_chosen_one_only():
     assert not (np.asarray(clean.state) == tiny.MASK)[before].any()
     assert (np.asarray(noisy.state) == tiny.MASK)[before & sampled].all()
     np.testing.assert_array_equal(clean.state[~before], noisy.state[~before])
-    half = prepared(policy, rollout, hyper(p_mask_prompt=0.5))
-    other_term = mask_prompt(key, rollout.row, rollout.prompt, 0.5, tiny.MASK)
+    half = prepared(bind, params, rollout, hyper(p_mask_prompt=0.5))
+    other_term = mask_prompt(jax.random.key(0), rollout.row, rollout.prompt, 0.5, tiny.MASK)
     np.testing.assert_array_equal(half.prompt[:, 0], other_term)
     assert (half.prompt[:, 1] != other_term).any()
 
 
 def test_masks_are_fresh_for_every_inner_key_and_follow_the_row():
-    _, bind, rollout = case()
-    policy = bind(case()[0])
-    whole = prepared(policy, rollout, hyper())
-    assert (prepared(policy, rollout, hyper(), key=1).state != whole.state).any()
-    part = prepared(policy, jax.tree.map(lambda x: x[2:4], rollout), hyper())
+    params, bind, rollout = case()
+    whole = prepared(bind, params, rollout, hyper())
+    assert (prepared(bind, params, rollout, hyper(), key=1).state != whole.state).any()
+    part = prepared(bind, params, jax.tree.map(lambda x: x[2:4], rollout), hyper())
     np.testing.assert_array_equal(part.state, whole.state[2:4])
     np.testing.assert_array_equal(part.prompt, whole.prompt[2:4])
 
@@ -229,7 +230,7 @@ def test_masks_are_fresh_for_every_inner_key_and_follow_the_row():
 def test_visible_tokens_and_tokens_after_eos_have_no_gradient():
     params, bind, rollout = case()
     rollout = rollout._replace(tokens=rollout.tokens.at[:, 4].set(EOS))
-    batch = prepared(bind(params), rollout, hyper())
+    batch = prepared(bind, params, rollout, hyper())
     seen = (batch.inverse_t > 0).any(axis=1)
     assert not seen[:, 0].any()
     assert not seen[:, 5].any()
@@ -243,19 +244,19 @@ def test_a_batch_of_templates_gives_a_finite_zero():
     rollout = rollout._replace(reveal_step=jnp.full_like(rollout.reveal_step, TEMPLATE))
     for masking in spg.CHOICES["masking"]:
         hp = hyper(masking=masking)
-        batch = prepared(bind(params), rollout, hp)
+        batch = prepared(bind, params, rollout, hp)
         assert (tiny.flat(gradient(bind, params, batch, hp)) == 0).all(), masking
 
 
 def test_tied_groups_give_no_gradient():
     params, bind, rollout = case(reward=jnp.array([0.5, 0.5, 1.0, 1.0, 0.0, 0.0]))
-    batch = prepared(bind(params), rollout, hyper())
+    batch = prepared(bind, params, rollout, hyper())
     assert (tiny.flat(gradient(bind, params, batch, hyper())) == 0).all()
 
 
 def test_gradients_of_strided_microbatches_add_up():
     params, bind, rollout = case()
-    batch = prepared(bind(params), rollout, hyper())
+    batch = prepared(bind, params, rollout, hyper())
     whole = gradient(bind, params, batch, hyper())
     for cuts in (2, 3):
         parts = [jax.tree.map(lambda x, i=i, n=cuts: x[i::n], batch) for i in range(cuts)]
@@ -332,5 +333,5 @@ def test_impossible_hyper_parameters_say_what_is_possible(values, message):
 def test_blocks_must_tile_the_completion():
     params, bind, rollout = case()
     with pytest.raises(ValueError, match="block_length=4 does not divide the completion length 6"):
-        prepared(bind(params), rollout, hyper(block_length=4))
-    prepared(bind(params), rollout, hyper(block_length=4, masking="random"))
+        prepared(bind, params, rollout, hyper(block_length=4))
+    prepared(bind, params, rollout, hyper(block_length=4, masking="random"))

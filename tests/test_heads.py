@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from dmrl import models
-from dmrl.models import heads
+from dmrl.models import heads, llada
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -92,9 +92,17 @@ def test_its_gradient_stays_in_the_head(variables):
     assert all((np.asarray(leaf) != 0).any() for leaf in jax.tree.leaves(grad["heads"]))
 
 
-def test_the_network_does_not_notice_the_heads(variables):
+def test_the_network_is_not_shown_the_heads(variables, monkeypatch):
+    seen, apply = [], llada.LLaDA.apply
+
+    def spy(module, shown, *args):
+        seen.append(set(shown))
+        return apply(module, shown, *args)
+
+    monkeypatch.setattr(llada.LLaDA, "apply", spy)
+    denoiser = models.bind(CFG, variables)
+    jax.eval_shape(denoiser.encode, PROMPT, VALID)
+    assert seen == [{"params", "lora"}]
+    assert set(denoiser.heads) == {"log_z"}
     plain = {name: tree for name, tree in variables.items() if name != "heads"}
-    assert set(models.bind(CFG, variables).heads) == {"log_z"}
     assert not models.bind(CFG, plain).heads
-    got, want = (encode(v, PROMPT, VALID) for v in (variables, plain))
-    np.testing.assert_array_equal(got, want)

@@ -262,6 +262,35 @@ def test_without_phases_the_gradient_is_reinforce_with_the_tilt_as_advantage():
         tiny.assert_close(gradient(bind, params, batch, hp, params), want)
 
 
+def test_the_loss_is_the_cross_entropy_with_the_written_target():
+    params, bind, rollout = case()
+    batch = prepared(rollout)
+    old = bind(jax.tree.map(lambda x: 0.9 * x, params))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def loss(c):
+        return dtm.loss(Models(bind(params), old, None), batch, dtm.Hyper(1.0, c, BLOCK))[0]
+
+    @jax.jit
+    def probabilities():
+        tokens = jnp.concatenate([batch.prompt, batch.state], axis=1)
+        hidden = (
+            d.encode(tokens, jnp.ones(tokens.shape, bool))[:, 3:] for d in (bind(params), old)
+        )
+        return [
+            jax.nn.softmax(d.logits(h)) for d, h in zip((bind(params), old), hidden, strict=True)
+        ]
+
+    pi, pi_a = (np.asarray(p)[..., : tiny.MASK] for p in probabilities())
+    label = np.arange(tiny.MASK) == np.asarray(rollout.tokens)[..., None]
+    for c in (0.0, 0.5):
+        tilt = np.exp(np.asarray(rollout.reward))[:, None, None]
+        target = c * pi_a + label * (tilt - c)
+        np.testing.assert_allclose(target.sum(axis=-1) / tilt[..., 0], 1, rtol=1e-5)
+        each = -np.sum(target * np.log(pi), axis=-1)
+        assert float(loss(c)) == pytest.approx(float(np.sum(batch.weight * each)), rel=1e-5)
+
+
 def test_the_number_of_masks_is_uniform_and_they_come_from_the_back():
     _, _, rollout = case()
     batch = prepared(rollout, dtm.Hyper(1.0, 1.0, BLOCK, False))

@@ -80,11 +80,20 @@ def test_the_filter_keeps_the_most_uncertain_hints_and_all_else(tau):
 
 
 def test_the_number_kept_is_exact_where_floats_are_not():
+    assert 0.28 * 25 > 7
     hint = jnp.tril(jnp.ones((60, 60), bool))
-    for tenths in range(11):
-        kept = igpo.uncertain(jnp.zeros(hint.shape), hint, tenths / 10)
-        want = [-(-tenths * n // 10) for n in range(1, 61)]
+    for percent in (0, 20, 28, 70, 100):
+        kept = igpo.uncertain(jnp.zeros(hint.shape), hint, percent / 100)
+        want = [-(-percent * n // 100) for n in range(1, 61)]
         np.testing.assert_array_equal(jnp.sum(kept, axis=1), want)
+
+
+def test_without_hints_every_token_is_trained():
+    params, bind, rollout = case()
+    step = jnp.where(rollout.reveal_step == HINT, 0, rollout.reveal_step)
+    weight = prepared(bind, params, rollout._replace(reveal_step=step)).weight[:, 0]
+    want = (step >= 0) / (ROWS * jnp.sum(step >= 0, axis=1, keepdims=True))
+    np.testing.assert_allclose(weight, want, rtol=1e-6)
 
 
 def test_a_filtered_hint_gets_no_gradient_and_its_completion_weighs_as_the_others():

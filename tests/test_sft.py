@@ -1,5 +1,6 @@
 """Supervised training: an unbiased estimate of the masked-diffusion bound."""
 
+import functools
 import itertools
 import math
 
@@ -27,6 +28,7 @@ def examples(rows, template=False):
     return params, bind, tiny.rollout(tokens, reveal, jnp.broadcast_to(prompt, (rows, 2)))
 
 
+@functools.partial(jax.jit, static_argnames=("bind", "complementary"))
 def prepared(bind, params, rollout, key=0, complementary=False):
     trio = Models(bind(params), None, None)
     hp = sft.Hyper(complementary)

@@ -149,8 +149,7 @@ def scaled(params, by):
     return jax.tree.map(lambda x: by * x, params)
 
 
-@pytest.mark.parametrize("forwarded", [False, True])
-@pytest.mark.parametrize("count_after_eos", [False, True])
+@pytest.mark.parametrize(("forwarded", "count_after_eos"), [(False, True), (True, False)])
 def test_at_theta_old_the_gradient_is_reinforce_on_the_trajectory(count_after_eos, forwarded):
     params, bind, rollout = case()
     hp = cj_grpo.Hyper(beta=0.0, count_after_eos=count_after_eos)

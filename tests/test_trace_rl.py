@@ -87,8 +87,7 @@ def test_an_item_is_the_state_before_its_merged_steps_with_the_tokens_they_revea
     np.testing.assert_array_equal(batch.prompt, jnp.repeat(rollout.prompt, 2, axis=0))
 
 
-@pytest.mark.parametrize("forwarded", [False, True])
-@pytest.mark.parametrize("shrink", [1, 2])
+@pytest.mark.parametrize(("forwarded", "shrink"), [(False, 1), (True, 2)])
 def test_at_theta_old_the_gradient_is_reinforce_with_standardised_rewards(shrink, forwarded):
     """The penalty to theta_old has no value and no gradient there."""
     params, bind, rollout = case()

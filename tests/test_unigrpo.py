@@ -126,8 +126,7 @@ def test_only_masked_tokens_up_to_eos_count_and_completions_weigh_the_same():
     np.testing.assert_allclose(batch.weight[:, 0].sum(axis=1), some / some.sum(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("divide_by_std", [False, True])
-@pytest.mark.parametrize("forwarded", [False, True])
+@pytest.mark.parametrize(("forwarded", "divide_by_std"), [(False, True), (True, False)])
 def test_at_theta_old_the_gradient_is_reinforce(forwarded, divide_by_std):
     params, bind, rollout = case()
     hp = unigrpo.Hyper(beta=0.0, divide_by_std=divide_by_std)

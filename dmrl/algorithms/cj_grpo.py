@@ -6,8 +6,9 @@ log pi(x_ik) = log p(x_k | prompt, z_i),   A = r - mean of the group
 
 z_i is the state before denoising step i of S, U_i the tokens that step i revealed, over the whole
 batch: the likelihood is that of the decisions the sampler took, not of a one-step stand-in. The
-prompt is never masked. With tokens drawn at temperature 1 in an order that does not depend on the
-policy, the gradient at theta_old is exactly that of E[r], up to the factor 1/(S |U_i|).
+prompt is never masked. With tokens drawn at temperature 1, in an order that does not depend on the
+policy and the same number at every step, the expected gradient at theta_old is that of E[r] times
+(G-1)/G of the baseline and 1/(S |U_i|).
 """
 
 import dataclasses

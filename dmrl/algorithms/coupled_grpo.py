@@ -5,9 +5,8 @@ l_k = ( log p(x_k | all MASK) + [k in S] log p(x_k | S masked) / r
 L = sum_k w_k ( -min(rho_k A, clip(rho_k, 1-eps, 1+eps) A) + beta * k3(l, l_ref)_k ),
 rho_k = exp(l_k - l_k,old);  A = r_j - mean of the others;  w_k = 1 / #tokens up to EOS of the batch
 
-S and its complement together predict every token once. Over S the value is half the one-step
-estimate and half the sum of both conditional ones, so exp(l) is no probability: at the mean rho_k
-has 3/2 times the log-ratio of one forward.
+S and its complement together predict every token once. Averaged over S, l is half the sum of three
+log-probabilities (all masked, k in S, k in the complement), so exp(l) is no probability.
 """
 
 import dataclasses

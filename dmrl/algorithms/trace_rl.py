@@ -5,10 +5,11 @@ L = mean over rows v of ( (1/|T_v|) sum over k in T_v of -min(rho_k A, clip(rho_
 log pi(x_k) = log p(x_k | prompt, z_v),   A = (r - mean) / std of the group
 
 A row is s consecutive denoising steps of one completion: z_v is the state before the first of
-them, T_v the tokens they revealed up to EOS; one without any leaves the mean. The penalty keeps the policy near theta_old, so it and its
-gradient vanish at one inner update. s = 1 is the exact trace; s > 1 costs 1/s of the forwards and
-predicts s steps from one state, which the sampler did not. The authors drop prompts that are
-solved less than 20% or more than 80% of the time: a choice of data, not made here.
+them, T_v the tokens they revealed up to EOS; a row without any leaves the mean. The penalty keeps
+the policy near theta_old, so it and its gradient vanish at one inner update. s = 1 is the exact
+trace; s > 1 costs 1/s of the forwards and predicts s steps from one state, which the sampler did
+not. The authors drop prompts that are solved less than 20% or more than 80% of the time: a choice
+of data, not made here.
 """
 
 import dataclasses

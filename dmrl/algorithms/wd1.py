@@ -49,7 +49,7 @@ class Batch(NamedTuple):
 def group_weight(
     advantage: Float[Array, " b"], group: Int[Array, " b"], positive_only: bool
 ) -> Float[Array, " b"]:
-    """w+ - w- (or w+) of every completion; exactly 0 without a difference of rewards.
+    """w+ - w- of every completion, exactly 0 where its group ties; w+ alone if `positive_only`.
 
     The authors' softmax runs over a device's micro-batch, which is one group in their runs.
     """

@@ -112,7 +112,7 @@ def prepare(
 
 def loss(models: Models, batch: Batch, hp: Hyper) -> tuple[Float[Array, ""], Metrics]:
     """The equation above; `batch.weight` carries the normaliser of the whole batch."""
-    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch.masked)
+    rows = score.by_row(batch.masked)
     gap = score.score(models.policy, rows).reshape(batch.reference.shape) - batch.reference
     rest = gap - batch.target[:, :, None]
     if hp.log_z == "vargrad":

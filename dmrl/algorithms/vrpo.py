@@ -87,7 +87,7 @@ def prepare(
 def loss(models: Models, batch: Batch, hp: Hyper) -> tuple[Float[Array, ""], Metrics]:
     """The equation above, with the metrics of TRL's DPO trainer: beta (B_theta - B_ref) is the
     implicit reward."""
-    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch.masked)
+    rows = score.by_row(batch.masked)
     scored = score.score(models.policy, rows).reshape(batch.reference.shape)
     implicit = hp.beta * jnp.mean(scored - batch.reference, axis=2)
     margin = implicit[:, 0] - implicit[:, 1]

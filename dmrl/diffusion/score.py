@@ -123,9 +123,15 @@ def by_group(tree: Any, size: int) -> Any:
     def cut(x: jax.Array) -> jax.Array:
         if x.shape[0] % size:
             raise ValueError(f"group_size={size} does not divide the {x.shape[0]} completions")
-        return x.reshape(-1, size, *x.shape[1:])
+        return x.reshape(x.shape[0] // size, size, *x.shape[1:])
 
     return jax.tree.map(cut, tree)
+
+
+def by_row(tree: Any) -> Any:
+    """The inverse: [N, size, ...] -> [N * size, ...]."""
+    # Written out: -1 cannot be inferred where an axis, an absent prompt, has length 0.
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree)
 
 
 def one_prompt(group: Int[Array, "n g"]) -> Float[Array, " n"]:

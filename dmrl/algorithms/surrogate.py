@@ -168,7 +168,8 @@ def with_frozen(
         if pieces == 1:
             return piece(batch)
         cuts = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(-1, pieces, *x.shape[1:]), 1, 0), batch
+            lambda x: jnp.moveaxis(x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]), 1, 0),
+            batch,
         )
         return jnp.moveaxis(jax.lax.map(piece, cuts), 0, 1).reshape(batch.weight.shape)
 

@@ -41,6 +41,7 @@ EXTRAS = {
         "beartype>=0.22",
         "ruff>=0.14",
         "mypy>=1.18",
+        "matplotlib>=3.9",  # figures of benchmarks and notebooks
     ],
 }
 

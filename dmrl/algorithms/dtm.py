@@ -45,10 +45,7 @@ class Hyper:
         if not self.h > 0:
             raise ValueError(f"h={self.h} must be positive: it tilts towards higher rewards")
         if not 0 <= self.control_variate <= 1:
-            raise ValueError(
-                f"control_variate={self.control_variate}: choose c in [0, 1], above 1 a target "
-                "could be negative"
-            )
+            raise ValueError(f"control_variate={self.control_variate}: choose c in [0, 1]")
         if self.block_length < 1:
             raise ValueError(f"block_length={self.block_length} must be at least 1")
 
@@ -83,23 +80,14 @@ def interpolant(
     inside = jnp.sum(free.reshape(rows, -1, block_length), axis=-1)
     after = jnp.cumsum(inside[:, ::-1], axis=1)[:, ::-1] - inside
     left = count[:, None] - after  # to be hidden in this block or before it
-    active = (left > 0) & (left <= inside)
-
-    def positions(block: jax.Array) -> jax.Array:
-        return jnp.repeat(block, block_length, axis=1)
-
-    here = free & positions(active)
-    part = random_subset(keys, here, jnp.sum(jnp.where(active, left, 0), axis=1))
-    return part | (free & positions(left > inside)), part
+    inside, left = (jnp.repeat(x, block_length, axis=1) for x in (inside, left))
+    active = free & (left > 0) & (left <= inside)
+    part = random_subset(keys, active, jnp.max(jnp.where(active, left, 0), axis=1))
+    return part | (free & (left > inside)), part
 
 
 def prepare(
-    models: Models,
-    rollout: Rollout,
-    probe: Probe | None,
-    key: PRNGKey,
-    inner: Inner,
-    hp: Hyper,
+    models: Models, rollout: Rollout, probe: Probe | None, key: PRNGKey, inner: Inner, hp: Hyper
 ) -> Batch:
     """Noises each completion once. Rewards below 0 count as 0, so that no target is negative.
 
@@ -132,8 +120,7 @@ def loss(models: Models, batch: Batch, hp: Hyper) -> tuple[Float[Array, ""], Met
     """
     policy, c = models.policy, hp.control_variate
     teacher = policy if models.behaviour is None else models.behaviour
-    hidden = _hidden(policy, batch)
-    own_width = hidden.shape[-1]
+    own_width = (hidden := _hidden(policy, batch)).shape[-1]
     if c:
         theirs = hidden if models.behaviour is None else _hidden(teacher, batch)
         hidden = jnp.concatenate([hidden, jax.lax.stop_gradient(theirs)], axis=-1)

@@ -28,9 +28,7 @@ def advantages(rollout, divide):
 
 def gap(bind, params, reference, batch):
     """d of every completion."""
-    both = (scoring.sums(bind, p, batch.masked) for p in (params, reference))
-    policy, frozen = both
-    return policy - frozen
+    return scoring.sums(bind, params, batch.masked) - scoring.sums(bind, reference, batch.masked)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +43,7 @@ def test_the_gradient_is_lambda_times_that_of_half_the_mean_squared_residual(mov
     lam, advantage = batch.lam[0], advantages(rollout, divide=True)
     np.testing.assert_allclose(batch.advantage, advantage, rtol=1e-5)
 
+    @jax.jit
     def half_square(p):
         d = gap(bind, p, reference, batch)
         centred = d - jax.lax.stop_gradient(jnp.mean(d))
@@ -59,7 +58,12 @@ def test_without_feedback_it_is_an_advantage_weighted_elbo(moved):
     hp = rspo.Hyper(lam=0.0, divide_by_std=False)
     batch = scoring.prepared(rspo, bind, params, reference, rollout, hp)
     advantage = advantages(rollout, divide=False)
-    want = jax.grad(lambda p: -jnp.mean(advantage * scoring.sums(bind, p, batch.masked)))(params)
+
+    @jax.jit
+    def weighted(p):
+        return -jnp.mean(advantage * scoring.sums(bind, p, batch.masked))
+
+    want = jax.grad(weighted)(params)
     tiny.assert_close(scoring.gradient(rspo, bind, params, batch, hp), want)
 
 
@@ -115,7 +119,7 @@ def test_gradients_of_strided_microbatches_add_up(moved):
     params, bind, rollout, reference = moved
     hp = rspo.Hyper(target_ratio=0.5)
     batch = scoring.prepared(rspo, bind, params, reference, rollout, hp)
-    scoring.assert_adds_up(rspo, bind, params, batch, hp, cuts=(2, 4))
+    scoring.assert_adds_up(rspo, bind, params, batch, hp, cuts=(2,))
 
 
 def test_tokens_after_eos_and_template_positions_get_no_weight_and_no_gradient(moved):

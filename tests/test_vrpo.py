@@ -40,6 +40,7 @@ def test_the_gradient_is_dpo_s_closed_form(moved):
     hp = vrpo.Hyper(group_size=4, beta=0.4)
     batch = scoring.prepared(vrpo, bind, params, reference, rollout, hp)
 
+    @jax.jit
     def margins(p):
         both = [scoring.sums(bind, q, batch.masked).reshape(4, 2) for q in (p, reference)]
         gap = both[0] - both[1]

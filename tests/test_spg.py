@@ -36,6 +36,7 @@ def table(log_prob):
     return Denoiser(encode, lambda hidden: hidden, score, tiny.MASK, EOS)
 
 
+@functools.partial(jax.jit, static_argnames="hp")
 def of_table(log_prob, batch, hp):
     """(loss, metrics), its gradient with respect to the log-probabilities of `batch`."""
     objective = functools.partial(spg.loss, batch=batch, hp=hp)
@@ -56,6 +57,9 @@ def pull_back(cfg):
         return jax.vjp(lambda p: network(p, batch), params)[1](cotangent)[0]
 
     return jax.jit(network), jax.jit(gradient)
+
+
+sandwich = jax.jit(likelihood.sandwich, static_argnames="beta")
 
 
 def recorded_batch(tensors, name):
@@ -85,7 +89,7 @@ def test_golden_bounds_losses_and_gradients(recorded):
         batch = recorded_batch(tensors, name)
         log_prob = network(params, batch)
         for beta in cases[name]["eubo_beta"]:
-            lower, upper = likelihood.sandwich(log_prob, batch.inverse_t, batch.length, beta)
+            lower, upper = sandwich(log_prob, batch.inverse_t, batch.length, beta=beta)
             mix = likelihood.mixture(lower, upper, cases[name]["mix_weight"])
             for got, want in (
                 (lower, "elbo"),
@@ -123,7 +127,7 @@ def hyper(**values):
     return spg.Hyper(**{"block_length": BLOCK, **values})
 
 
-@functools.partial(jax.jit, static_argnames=("bind", "hp", "key"))
+@functools.partial(jax.jit, static_argnames=("bind", "hp"))
 def prepared(bind, params, rollout, hp, key=0):
     trio = Models(bind(params), None, None)
     return spg.prepare(trio, rollout, None, jax.random.key(key), tiny.INNER, hp)

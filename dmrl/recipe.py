@@ -30,6 +30,8 @@ class WarmStart:
     `sampling.steps` steps, is at least this."""
     batch: int = 128
     evaluate_every: int = 10
+    complementary: bool = False
+    """Each example twice a batch, with a mask and its inverse (LLaDA2.0)."""
 
 
 @dataclasses.dataclass(frozen=True)

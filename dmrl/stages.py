@@ -60,7 +60,7 @@ class WarmStart:
         self.batches = data.batches(len(self.targets), recipe.warm_start.batch, seed)
         self.programs = Programs(
             recipe.model,
-            (make_term("sft", 1.0, {}),),
+            (make_term("sft", 1.0, {"complementary": recipe.warm_start.complementary}),),
             None,
             optim.make(recipe.warm_optimizer, self.steps),
             mesh,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
+from benchmarks import estimators
 from dmrl.diffusion import exact, likelihood
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -368,3 +369,18 @@ def test_where_the_optimal_omega_is_an_end_nothing_is_strictly_lower():
     assert float(swapped) == 1
     outside = likelihood.optimal_omega(lower, 3 * lower, p)
     assert float(outside) == pytest.approx(-0.5), "nor need it lie between the ends"
+
+
+def test_the_benchmark_prints_a_table_of_all_estimators():
+    lines = estimators.table(length=2, forwards=2, beta=1.5, seed=1).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert all(len(row) == 6 for row in rows)
+    figures = {row[0]: [float(x) for x in row[2:]] for row in rows[2:]}
+    assert len(figures) == 10
+    for name in ("uniform count", "stratified count (LLaDA)", "block-wise, chosen block"):
+        assert figures[name][0] == 0, name
+    assert figures["one-step mean field (1 forward)"][2] == 0
+    assert figures["uniform t >= 0.001, weight 1/t"][2] > figures["uniform count"][2]
+    (best,) = (row for name, row in figures.items() if "least gradient variance" in name)
+    assert best[3] < figures["EUBO, uniform count"][3]
+    assert best[3] < figures["uniform count"][3]

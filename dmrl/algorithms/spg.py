@@ -49,7 +49,6 @@ class Hyper:
     """What stands for log pi where A < 0; `zero` ignores those completions."""
     omega: float = 0.5
     eubo_beta: float = 1.5
-    """beta >= 1 of the Renyi bound."""
     p_mask_prompt: float = 0.15
     """Noise on the prompt and, with `block_random`, on the blocks before the chosen one."""
     block_length: int = 32
@@ -77,7 +76,7 @@ class Batch(NamedTuple):
     state: Int[Array, "n m l"]
     labels: Int[Array, "n l"]
     inverse_t: Float[Array, "n m l"]
-    """n / |V| on V, 0 elsewhere: the 1/t of the bounds at the t that was drawn."""
+    """n / |V| on V, 0 elsewhere."""
     length: Int[Array, " n"]
     advantage: Float[Array, " n"]
     share: Float[Array, " n"]
@@ -100,20 +99,17 @@ def prepare(
     assert rollout.reward is not None
     tokens, mask_id = rollout.tokens, models.policy.mask_id
     if hp.masking == "block_random" and tokens.shape[1] % hp.block_length:
-        raise ValueError(
-            f"block_length={hp.block_length} does not divide the completion length "
-            f"{tokens.shape[1]}: choose the sampler's"
-        )
+        parts = f"block_length={hp.block_length} does not divide the completion length"
+        raise ValueError(f"{parts} {tokens.shape[1]}: choose the sampler's")
     free = rollout.reveal_step >= 0
     counted = free & masking.upto_eos(tokens, models.policy.eos_id)
     length = jnp.sum(counted, axis=1)
     keys = fold_in(row_keys(key, rollout.row), 0)  # 1.. are those of `mask_prompts`
     hidden, inverse_t = _maskings(keys, counted, hp)
     hidden |= (free & ~counted)[:, None]
+    noise = (hp.p_mask_prompt, mask_id, hp.samples)
     return Batch(
-        prompt=masking.mask_prompts(
-            key, rollout.row, rollout.prompt, hp.p_mask_prompt, mask_id, hp.samples
-        ),
+        prompt=masking.mask_prompts(key, rollout.row, rollout.prompt, *noise),
         prompt_valid=rollout.prompt_valid,
         state=jnp.where(hidden, mask_id, tokens[:, None]),
         labels=tokens,
@@ -129,8 +125,8 @@ def _maskings(
 ) -> tuple[Bool[Array, "n m l"], Float[Array, "n m l"]]:
     """(hidden counted positions, 1/t on V) of the M maskings."""
     if hp.masking == "block_random":
-        noise = hp.p_mask_prompt
-        hidden, weight = masking.block_random(keys, counted, hp.block_length, hp.samples, noise)
+        args = (hp.block_length, hp.samples, hp.p_mask_prompt)
+        hidden, weight = masking.block_random(keys, counted, *args)
         if hp.positions == "block":
             return hidden, weight
     elif hp.masking == "random":
@@ -147,12 +143,8 @@ def loss(models: Models, batch: Batch, hp: Hyper) -> tuple[Float[Array, ""], Met
         models.policy, batch.prompt, batch.prompt_valid, batch.state, batch.labels
     )
     lower, upper = likelihood.sandwich(log_prob, batch.inverse_t, batch.length, hp.eubo_beta)
-    negative = {
-        "mix": likelihood.mixture(lower, upper, hp.omega),
-        "eubo": upper,
-        "elbo": lower,
-        "zero": jnp.zeros_like(lower),
-    }[hp.negative]
-    estimate = jnp.where(batch.advantage > 0, lower, negative)
+    mix = likelihood.mixture(lower, upper, hp.omega)
+    negative = {"mix": mix, "eubo": upper, "elbo": lower, "zero": jnp.zeros_like(lower)}
+    estimate = jnp.where(batch.advantage > 0, lower, negative[hp.negative])
     metrics = {"elbo": jnp.sum(batch.share * lower), "eubo": jnp.sum(batch.share * upper)}
     return -jnp.sum(batch.share * batch.advantage * estimate), metrics

@@ -369,7 +369,7 @@ def block_wise(length: int, block_length: int, samples: int, inside_only: bool) 
         later = (1 << length) - (1 << (first + block_length))
         counts = range(1, block_length + 1)
         one.append([(s | later, p / block_length) for k in counts for s, p in _sets(inside, k)])
-    draws = []
+    draws: list[tuple[tuple[int, float], ...]] = []
     for order in itertools.permutations(range(blocks)):
         chosen = [one[order[m % blocks]] for m in range(samples)]
         chosen[0] = [(s, p / math.factorial(blocks)) for s, p in chosen[0]]

@@ -1,0 +1,82 @@
+"""Estimates of log pi from several maskings: shapes, empty maskings, small probabilities."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from dmrl.diffusion import likelihood
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def test_many_maskings_are_one_forward_each():
+    params, _, bind = tiny.perceptron(4, prompt=2)
+    denoiser = bind(params)
+    keys = jax.random.split(jax.random.key(0), 3)
+    prompt = jax.random.randint(keys[0], (3, 5, 2), 0, tiny.MASK + 1)
+    state = jax.random.randint(keys[1], (3, 5, 4), 0, tiny.MASK + 1)
+    labels = jax.random.randint(keys[2], (3, 4), 0, tiny.MASK)
+    valid = jnp.array([[True, True], [False, True], [True, True]])
+    got = likelihood.masks_log_prob(denoiser, prompt, valid, state, labels)
+    assert got.shape == (3, 5, 4)
+    for m in range(5):
+        want = likelihood.state_log_prob(
+            denoiser, prompt[:, m], valid, state[:, m], labels[:, None]
+        )
+        np.testing.assert_allclose(got[:, m], want[:, 0], rtol=1e-5)
+
+
+def bounds(log_prob, weight, beta):
+    log_prob, weight = jnp.asarray(log_prob), jnp.asarray(weight)
+    length = jnp.full(log_prob.shape[:-2], log_prob.shape[-1])
+    return likelihood.sandwich(log_prob, weight, length, beta)
+
+
+def test_both_bounds_of_a_small_case_by_hand():
+    log_prob = np.log([[0.5, 0.2, 0.9], [0.1, 0.4, 0.3]]).astype(np.float32)
+    weight = np.array([[3.0, 0.0, 0.0], [1.5, 1.5, 0.0]], np.float32)
+    lower, upper = bounds(log_prob, weight, 2.0)
+    elbo = (3 * np.log(0.5) + 1.5 * np.log(0.1) + 1.5 * np.log(0.4)) / 2 / 3
+    eubo = (np.log((3 * 0.25 + 1.5 * 0.01) / 2) + np.log(1.5 * 0.16 / 2)) / 2 / 2
+    assert float(lower) == pytest.approx(elbo, rel=1e-5)
+    assert float(upper) == pytest.approx(eubo, rel=1e-5), "over the two positions ever hidden"
+    mixed = likelihood.mixture(lower, upper, 0.25)
+    assert float(mixed) == pytest.approx(0.75 * elbo + 0.25 * eubo, rel=1e-5)
+
+
+def test_the_upper_bound_stays_in_log_space():
+    """exp(2 * -200) is 0 in float32: taking the power first would lose these tokens."""
+    log_prob = np.full((2, 3), -200, np.float32)
+    lower, upper = bounds(log_prob, np.ones((2, 3), np.float32), 2.0)
+    assert float(lower) == float(upper) == pytest.approx(-200)
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.5])
+def test_what_no_masking_hides_has_no_value_and_no_gradient(beta):
+    """Even where its log-probability is -inf, and for a row of which nothing is hidden."""
+    log_prob = jnp.array([[[-1.0, -jnp.inf], [-2.0, -jnp.inf]], [[-jnp.inf, -1.0]] * 2])
+    weight = jnp.array([[[1.0, 0.0], [2.0, 0.0]], [[0.0, 0.0]] * 2])
+    lower, upper = bounds(log_prob, weight, beta)
+    assert float(lower[1]) == float(upper[1]) == 0
+    slope = jax.grad(lambda x: jnp.sum(bounds(x, weight, beta)[0] + bounds(x, weight, beta)[1]))
+    slope = np.asarray(slope(log_prob))
+    assert np.isfinite(slope).all()
+    np.testing.assert_array_equal(slope != 0, weight > 0)
+
+
+def test_the_best_omega_minimises_the_summed_variance():
+    keys = jax.random.split(jax.random.key(0), 3)
+    lower, noise = (jax.random.normal(k, (50, 3)) for k in keys[:2])
+    upper = 0.3 * lower + noise
+    p = jax.nn.softmax(jax.random.normal(keys[2], (50,)))
+
+    def variance(omega):
+        mixed = likelihood.mixture(lower, upper, omega)
+        centred = mixed - jnp.sum(p[:, None] * mixed, axis=0, keepdims=True)
+        return float(jnp.sum(p[:, None] * centred**2))
+
+    best = float(likelihood.optimal_omega(lower, upper, p))
+    grid = np.linspace(-1, 2, 301)
+    assert best == pytest.approx(grid[np.argmin([variance(w) for w in grid])], abs=0.01)

@@ -5,8 +5,9 @@ Every section of the config is a dataclass of its room; this file only knows whi
 
 import dataclasses
 import difflib
+import functools
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -145,6 +146,7 @@ def build(config: Mapping[str, Any]) -> Recipe:
             f"sampling.cfg_scale={guidance} guides the sampler but not the probes of "
             f"{', '.join(probing)}: set it to 0, or drop the term"
         )
+    _check_agree(terms, config)
     rescue = section(Rescue, config["rescue"], "rescue")
     if rescue.fraction and probing:
         raise ValueError(
@@ -173,6 +175,22 @@ def build(config: Mapping[str, Any]) -> Recipe:
         mesh=dict(config["mesh"]),
         metrics=metrics.known(config["metrics"]),
     )
+
+
+SAME = {"group_size": ("num_generations",), "block_length": ("sampling", "block_length")}
+"""Options of terms that repeat a value which the loop or the sampler owns."""
+
+
+def _check_agree(terms: Sequence[Term], config: Mapping[str, Any]) -> None:
+    for term in terms:
+        for name, path in SAME.items():
+            owned = functools.reduce(lambda tree, key: tree[key], path, config)
+            value = getattr(term.hyper, name, owned)
+            if value != owned:
+                raise ValueError(
+                    f"terms.{term.name}.{name}={value}, but {'.'.join(path)}={owned}: "
+                    "they must be the same"
+                )
 
 
 OWN_FIELDS = ("dtype", "param_dtype", "remat", "lora_rank", "lora_alpha")

@@ -22,13 +22,13 @@ def get_config(arg=None):
 
 
 def tiny():
-    return common.tiny_sudoku({"mdpo": term("mdpo", 1.0, steps=4, states=2, beta=0.0)})
+    return common.tiny_sudoku({"mdpo": term("mdpo", 1.0, states=2, beta=0.0)})
 
 
 def countdown():
     return common.llada_8b(
         common.published("countdown"),
-        {"mdpo": term("mdpo", 1.0, steps=128)},
+        {"mdpo": term("mdpo", 1.0)},
         optimizer={"learning_rate": 7e-7},
         sampling={"length": 512, "steps": 128, "block_length": 128, "temperature": 0.4},
         steps=300,

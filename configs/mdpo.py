@@ -22,7 +22,7 @@ def get_config(arg=None):
 
 
 def tiny():
-    return common.tiny_sudoku({"mdpo": term("mdpo", 1.0, states=2, beta=0.0)})
+    return common.tiny_sudoku({"mdpo": term("mdpo", 1.0, states=2, beta=0.0, temperature=1.0)})
 
 
 def countdown():

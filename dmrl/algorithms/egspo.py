@@ -10,8 +10,8 @@ reward of the greedy one-shot completion of x_t, depends on the state alone and 
 (lambda > 0 is EGSPO-SA). The k-th step of a completion is compared with the k-th of its group.
 
 Every revealed token counts, after an EOS too: it was part of the action, and which EOS is the first
-shows only in hindsight. The choice of positions counts as the environment's, so the policy gradient
-is exact for the sampler's random order alone.
+shows only in hindsight. The gradient is exact for the sampler's random order and evenly spaced
+steps: a confident order depends on theta itself, and a rank by entropy on what came later.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float
 
 from dmrl.algorithms import advantage, surrogate
 from dmrl.diffusion import divergence
-from dmrl.diffusion.probe import step_entropy
+from dmrl.diffusion.probe import evenly_spaced, step_entropy
 from dmrl.diffusion.sampler import tempered
 from dmrl.types import Inner, Metrics, Models, PRNGKey, Probe, ProbePlan, Rollout
 
@@ -84,16 +84,6 @@ class Hyper:
             )
 
 
-def _steps(rollout: Rollout, hp: Hyper) -> tuple[Float[Array, "b t"], Bool[Array, "b t"]]:
-    """Entropy of every step, and which of them may be trained on."""
-    entropy, allowed = step_entropy(rollout)
-    if hp.stop_at_eos:
-        number = jnp.arange(allowed.shape[1])[None]
-        last = jnp.max(jnp.where(number < rollout.length[:, None], rollout.reveal_step, 0), axis=1)
-        allowed &= number <= last[:, None]
-    return entropy, allowed
-
-
 def probes(rollout: Rollout, key: PRNGKey, hp: Hyper) -> ProbePlan:
     """K steps of each completion, filled greedily; by entropy, the highest comes first.
 
@@ -101,15 +91,13 @@ def probes(rollout: Rollout, key: PRNGKey, hp: Hyper) -> ProbePlan:
       ValueError: more states than the completion has positions.
     """
     del key
-    entropy, allowed = _steps(rollout, hp)
+    entropy, allowed = step_entropy(rollout, hp.stop_at_eos)
     if hp.states > allowed.shape[1]:
         raise ValueError(f"states={hp.states}: a completion has {allowed.shape[1]} steps at most")
-    _, step = jax.lax.top_k(jnp.where(allowed, entropy, -jnp.inf), hp.states)
-    if hp.selection == "uniform":  # the last step, and K - 1 from the first to the one before it
-        number = jnp.cumsum(allowed, axis=1) - 1
-        spaced = jnp.arange(hp.states - 1)[None] * jnp.maximum(number[:, -1:] - 1, 0)
-        wanted = jnp.concatenate([spaced // max(hp.states - 2, 1), number[:, -1:]], axis=1)
-        step = jnp.argmax((number[:, None] == wanted[:, :, None]) & allowed[:, None], axis=-1)
+    if hp.selection == "uniform":
+        step = evenly_spaced(allowed, hp.states)
+    else:
+        _, step = jax.lax.top_k(jnp.where(allowed, entropy, -jnp.inf), hp.states)
     return ProbePlan(step.astype(jnp.int32), fillings=1, temperature=0.0)
 
 
@@ -120,7 +108,7 @@ def needs(hp: Hyper) -> frozenset[str]:
 
 def _trained(rollout: Rollout, probe: Probe, hp: Hyper) -> Bool[Array, "b k l"]:
     """The tokens of U_t of every planned step that is trained on."""
-    entropy, allowed = _steps(rollout, hp)
+    entropy, allowed = step_entropy(rollout, hp.stop_at_eos)
     trained = jnp.take_along_axis(allowed, probe.step, axis=1)
     if hp.coverage is not None:
         held = jnp.where(trained, jnp.take_along_axis(entropy, probe.step, axis=1), 0.0)

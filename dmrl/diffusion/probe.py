@@ -23,17 +23,34 @@ def steps_taken(rollout: Rollout) -> Int[Array, " b"]:
 
 
 def step_entropy(
-    rollout: Rollout,
+    rollout: Rollout, stop_at_eos: bool = False
 ) -> tuple[Float[Array, "b steps"], Bool[Array, "b steps"]]:
     """Mean entropy of the tokens that each step revealed (0 if none), and whether it revealed any.
 
-    Steps are numbered up to the length of the completion: no schedule has more.
+    With `stop_at_eos` only steps up to the last one that revealed a token up to the first EOS are
+    marked. Steps are numbered up to the length of the completion: no schedule has more.
     """
-    steps = jnp.arange(rollout.tokens.shape[1])
-    revealed = rollout.reveal_step[:, None] == steps[None, :, None]
+    steps = jnp.arange(rollout.tokens.shape[1])[None]
+    revealed = rollout.reveal_step[:, None] == steps[..., None]
     tokens = jnp.sum(revealed, axis=-1)
     total = jnp.sum(jnp.where(revealed, rollout.entropy[:, None], 0.0), axis=-1)
-    return total / jnp.maximum(tokens, 1), tokens > 0
+    marked = tokens > 0
+    if stop_at_eos:
+        answer = jnp.where(steps < rollout.length[:, None], rollout.reveal_step, 0)
+        marked &= steps <= jnp.max(answer, axis=1, keepdims=True)
+    return total / jnp.maximum(tokens, 1), marked
+
+
+def evenly_spaced(marked: Bool[Array, "b steps"], count: int) -> Int[Array, "b count"]:
+    """The last marked step of each row, after `count` - 1 from the first to the one before it.
+
+    Repeats steps of a row that has fewer marked than `count`; step 0 where none is.
+    """
+    number = jnp.cumsum(marked, axis=1) - 1
+    last = number[:, -1:]
+    spaced = jnp.arange(count - 1)[None] * jnp.maximum(last - 1, 0) // max(count - 2, 1)
+    wanted = jnp.concatenate([spaced, last], axis=1)
+    return jnp.argmax((number[:, None] == wanted[:, :, None]) & marked[:, None], axis=-1)
 
 
 def fill(denoiser: Denoiser, rollout: Rollout, plan: ProbePlan, key: PRNGKey) -> Probe:

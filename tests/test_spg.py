@@ -176,7 +176,7 @@ def test_the_gradient_is_the_one_of_the_papers_appendix(negative):
 
 @pytest.mark.parametrize("masking", ["block_random", "random", "all"])
 def test_states_hide_what_they_say_and_weigh_it_by_its_share(masking):
-    params, bind, rollout = case(rows=200)
+    params, bind, rollout = case(rows=60)
     hp = hyper(masking=masking, samples=3)
     batch = prepared(bind, params, rollout, hp)
     counted = np.asarray(upto_eos(rollout.tokens, EOS) & (rollout.reveal_step >= 0))
@@ -200,7 +200,7 @@ def test_states_hide_what_they_say_and_weigh_it_by_its_share(masking):
 
 
 def test_noise_falls_on_the_prompt_and_on_blocks_before_the_chosen_one_only():
-    params, bind, rollout = case(rows=300, eos=tiny.NO_EOS)
+    params, bind, rollout = case(rows=60, eos=tiny.NO_EOS)
     clean, noisy = (
         prepared(bind, params, rollout, hyper(p_mask_prompt=p, positions="block"))
         for p in (0.0, 1.0)
@@ -289,7 +289,7 @@ def test_dispo_on_spg_has_the_weighted_sum_of_their_gradients():
     )
     mesh = parallel.make_mesh()
     programs = Programs(config, terms, None, optax.sgd(1.0), mesh, microbatches=2)
-    params = models.init(config, jax.random.key(0))["params"]
+    params = jax.jit(lambda key: models.init(config, key)["params"])(jax.random.key(0))
     _, _, rollout = case(eos=5)
     step = jnp.full((6, 1), 2)
     state = jnp.where(rollout.reveal_step < 2, rollout.tokens, tiny.MASK)
@@ -297,10 +297,15 @@ def test_dispo_on_spg_has_the_weighted_sum_of_their_gradients():
     fills = fills.at[:, 0, 1, 5].set(1)
     probe = Probe(step, state[:, None], fills, jnp.arange(12.0).reshape(6, 1, 2) ** 2)
     trio = Models(models.bind(config, {"params": params}), None, None)
-    batches = tuple(
-        t.algorithm.prepare(trio, rollout, p, jax.random.key(0), tiny.INNER, t.hyper)
-        for t, p in zip(terms, (None, probe), strict=True)
-    )
+
+    @jax.jit
+    def prepare(rollout, probe):
+        return tuple(
+            t.algorithm.prepare(trio, rollout, p, jax.random.key(0), tiny.INNER, t.hyper)
+            for t, p in zip(terms, (None, probe), strict=True)
+        )
+
+    batches = prepare(rollout, probe)
     np.testing.assert_array_equal(batches[0].prompt[:, 0], batches[1].prompt)
     got, metrics = jax.jit(programs._gradient)({"params": params}, None, None, None, batches)
 

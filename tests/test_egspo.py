@@ -13,7 +13,7 @@ import tiny
 from dmrl import models
 from dmrl.algorithms import egspo
 from dmrl.diffusion import divergence, exact
-from dmrl.diffusion.likelihood import POSITIONS, state_log_prob
+from dmrl.diffusion.likelihood import POSITIONS, completion_hidden, state_log_prob
 from dmrl.diffusion.probe import fill, state_at
 from dmrl.diffusion.sampler import Sampling, entropy_of, tempered
 from dmrl.types import TEMPLATE, Denoiser, Models, Probe
@@ -92,7 +92,7 @@ def test_golden_steps_of_high_entropy(recorded_more):
         steps = jnp.broadcast_to(jnp.arange(16), (4, 16))
         states = state_at(rollout, steps, cfg.mask_token_id).reshape(64, -1)
         prompt = jnp.repeat(rollout.prompt, 16, axis=0)
-        hidden = divergence.hidden_of(policy, prompt, jnp.ones(prompt.shape, bool), states)
+        hidden = completion_hidden(policy, prompt, jnp.ones(prompt.shape, bool), states)
         found = entropy_of(jax.nn.log_softmax(policy.logits(hidden))).reshape(4, 16, -1)
         return jnp.take_along_axis(found, rollout.reveal_step[:, None], axis=1)[:, 0]
 
@@ -407,15 +407,15 @@ def test_the_exact_divergence_and_its_gradient():
     args = (prompt, jnp.ones((2, 2), bool), state)
 
     def mapped(params):
-        hidden = divergence.hidden_of(bind(params), *args)
+        hidden = completion_hidden(bind(params), *args)
         reference = bind(scaled(params, 0.8))
-        theirs = jax.lax.stop_gradient(divergence.hidden_of(reference, *args))
+        theirs = jax.lax.stop_gradient(completion_hidden(reference, *args))
         frozen = bind(scaled(jax.lax.stop_gradient(params), 0.8))
         return divergence.kl(bind(params), frozen, hidden, theirs)
 
     def direct(params):
         def log_p(params):
-            hidden = divergence.hidden_of(bind(params), *args)
+            hidden = completion_hidden(bind(params), *args)
             return jax.nn.log_softmax(hidden @ params["head"][:, :M])
 
         p, q = log_p(params), jax.lax.stop_gradient(log_p(scaled(params, 0.8)))

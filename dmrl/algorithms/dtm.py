@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dmrl.algorithms import surrogate
-from dmrl.diffusion.likelihood import over_positions
+from dmrl.diffusion.likelihood import completion_hidden, over_positions
 from dmrl.diffusion.masking import random_subset, uniform_count
 from dmrl.diffusion.noise import fold_in, row_keys
-from dmrl.types import Denoiser, Inner, Metrics, Models, PRNGKey, Probe, Rollout, RowKeys
+from dmrl.types import Inner, Metrics, Models, PRNGKey, Probe, Rollout, RowKeys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +120,9 @@ def loss(models: Models, batch: Batch, hp: Hyper) -> tuple[Float[Array, ""], Met
     """
     policy, c = models.policy, hp.control_variate
     teacher = policy if models.behaviour is None else models.behaviour
-    own_width = (hidden := _hidden(policy, batch)).shape[-1]
+    own_width = (hidden := completion_hidden(policy, *batch[:3])).shape[-1]
     if c:
-        theirs = hidden if models.behaviour is None else _hidden(teacher, batch)
+        theirs = hidden if models.behaviour is None else completion_hidden(teacher, *batch[:3])
         hidden = jnp.concatenate([hidden, jax.lax.stop_gradient(theirs)], axis=-1)
 
     @jax.checkpoint
@@ -142,9 +142,3 @@ def loss(models: Models, batch: Batch, hp: Hyper) -> tuple[Float[Array, ""], Met
 
     value = jnp.sum(batch.weight * over_positions(cross_entropy, hidden))
     return value, {"target_mass": jnp.sum(batch.weight * batch.mass[:, None])}
-
-
-def _hidden(denoiser: Denoiser, batch: Batch) -> Float[Array, "n l d"]:
-    tokens = jnp.concatenate([batch.prompt, batch.state], axis=1)
-    valid = jnp.concatenate([batch.prompt_valid, jnp.ones(batch.state.shape, bool)], axis=1)
-    return denoiser.encode(tokens, valid)[:, batch.prompt.shape[1] :]

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float
 
 from dmrl.algorithms import advantage, surrogate
 from dmrl.diffusion import divergence
+from dmrl.diffusion.likelihood import completion_hidden
 from dmrl.diffusion.probe import evenly_spaced, step_entropy
 from dmrl.diffusion.sampler import tempered
 from dmrl.types import Inner, Metrics, Models, PRNGKey, Probe, ProbePlan, Rollout
@@ -156,7 +157,7 @@ def prepare(
 def loss(models: Models, batch: surrogate.Batch, hp: Hyper) -> tuple[Float[Array, ""], Metrics]:
     """The equation above; with weights of tokens, mean_t ( . ) / n is sum_t ( . ) / #tokens."""
     policy = tempered(models.policy, hp.temperature)
-    hidden = divergence.hidden_of(policy, *batch[:3])
+    hidden = completion_hidden(policy, *batch[:3])
     counted = batch.weight[:, 0] > 0
     tokens = jnp.maximum(jnp.sum(counted, axis=-1), 1)
     mean = hp.aggregate == "mean"
@@ -177,7 +178,7 @@ def loss(models: Models, batch: surrogate.Batch, hp: Hyper) -> tuple[Float[Array
         if hp.kl == "exact":
             assert models.reference is not None
             reference = tempered(models.reference, hp.temperature)
-            theirs = jax.lax.stop_gradient(divergence.hidden_of(reference, *batch[:3]))
+            theirs = jax.lax.stop_gradient(completion_hidden(reference, *batch[:3]))
             kl = of_step(divergence.kl(policy, reference, hidden, theirs))
         else:
             assert batch.reference is not None

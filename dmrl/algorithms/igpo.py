@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dmrl.algorithms import advantage, surrogate
-from dmrl.diffusion.likelihood import over_positions
+from dmrl.diffusion.likelihood import completion_hidden, over_positions
 from dmrl.diffusion.masking import upto_eos
 from dmrl.diffusion.order import select_top
 from dmrl.diffusion.sampler import entropy_of
@@ -101,9 +101,7 @@ def prepare(
 
 def _entropy(policy: Denoiser, rollout: Rollout, state: Int[Array, "b l"]) -> Float[Array, "b l"]:
     """Entropy in nats of the mean-field prediction at every position, no gradient."""
-    tokens = jnp.concatenate([rollout.prompt, state], axis=1)
-    valid = jnp.concatenate([rollout.prompt_valid, jnp.ones(state.shape, bool)], axis=1)
-    hidden = policy.encode(tokens, valid)[:, rollout.prompt.shape[1] :]
+    hidden = completion_hidden(policy, rollout.prompt, rollout.prompt_valid, state)
     return over_positions(
         lambda _, some: entropy_of(jax.nn.log_softmax(policy.logits(some))), hidden
     )

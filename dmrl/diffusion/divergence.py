@@ -2,22 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dmrl.diffusion.likelihood import over_positions
 from dmrl.types import Denoiser
-
-
-def hidden_of(
-    denoiser: Denoiser,
-    prompt: Int[Array, "n p"],
-    prompt_valid: Bool[Array, "n p"],
-    state: Int[Array, "n l"],
-) -> Float[Array, "n l d"]:
-    """What a model's head reads at every position of `state`: one forward."""
-    tokens = jnp.concatenate([prompt, state], axis=1)
-    valid = jnp.concatenate([prompt_valid, jnp.ones(state.shape, bool)], axis=1)
-    return denoiser.encode(tokens, valid)[:, prompt.shape[1] :]
 
 
 def kl(

@@ -10,6 +10,18 @@ from jaxtyping import Array, Bool, Float, Int
 from dmrl.types import Denoiser
 
 
+def completion_hidden(
+    denoiser: Denoiser,
+    prompt: Int[Array, "n p"],
+    prompt_valid: Bool[Array, "n p"],
+    state: Int[Array, "n l"],
+) -> Float[Array, "n l d"]:
+    """What the model's head reads at every position of `state`: one forward."""
+    tokens = jnp.concatenate([prompt, state], axis=1)
+    valid = jnp.concatenate([prompt_valid, jnp.ones(state.shape, bool)], axis=1)
+    return denoiser.encode(tokens, valid)[:, prompt.shape[1] :]
+
+
 def state_log_prob(
     denoiser: Denoiser,
     prompt: Int[Array, "n p"],
@@ -23,9 +35,7 @@ def state_log_prob(
     share. Meaningful where `state` is masked; elsewhere it is what the model predicts at a
     position whose token it can see.
     """
-    tokens = jnp.concatenate([prompt, state], axis=1)
-    valid = jnp.concatenate([prompt_valid, jnp.ones(state.shape, bool)], axis=1)
-    hidden = denoiser.encode(tokens, valid)[:, prompt.shape[1] :]
+    hidden = completion_hidden(denoiser, prompt, prompt_valid, state)
     return jnp.moveaxis(denoiser.log_prob(hidden, jnp.moveaxis(labels, 1, -1)), -1, 1)
 
 

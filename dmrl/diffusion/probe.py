@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dmrl.diffusion.likelihood import over_positions
+from dmrl.diffusion.likelihood import completion_hidden, over_positions
 from dmrl.diffusion.noise import fold_in, perturb, row_keys
 from dmrl.types import Denoiser, PRNGKey, Probe, ProbePlan, Rollout
 
@@ -64,14 +64,11 @@ def fill(denoiser: Denoiser, rollout: Rollout, plan: ProbePlan, key: PRNGKey) ->
     if plan.own:
         return _own_drafts(rollout, plan, denoiser.mask_id)
     keys = row_keys(key, rollout.row)
-    prompt_length = rollout.prompt.shape[1]
 
     def one_state(column):
         number, step = column
         state = state_at(rollout, step[:, None], denoiser.mask_id)[:, 0]
-        tokens = jnp.concatenate([rollout.prompt, state], axis=1)
-        valid = jnp.concatenate([rollout.prompt_valid, jnp.ones(state.shape, bool)], axis=1)
-        hidden = denoiser.encode(tokens, valid)[:, prompt_length:]
+        hidden = completion_hidden(denoiser, rollout.prompt, rollout.prompt_valid, state)
         state_keys = fold_in(keys, number)
 
         def draw(chunk, hidden_chunk):

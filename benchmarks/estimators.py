@@ -20,7 +20,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from dmrl.diffusion import exact, likelihood  # noqa: E402
+from dmrl.diffusion import bounds, exact, likelihood  # noqa: E402
 
 LENGTH = flags.DEFINE_integer("length", 4, "Tokens of the completion, an even number")
 FORWARDS = flags.DEFINE_integer("forwards", 2, "Maskings that each estimator may look at")
@@ -47,7 +47,7 @@ def model(length: int, seed: int) -> tuple[jax.Array, jax.Array]:
     prompt, tokens = jnp.array([0, 1]), jnp.arange(length) % MASK
 
     def table(params: exact.Params) -> jax.Array:
-        return exact.masked_log_prob(exact.bind(params, MASK, -1), prompt, tokens)
+        return bounds.masked_log_prob(exact.bind(params, MASK, -1), prompt, tokens)
 
     jacobian = jax.tree.leaves(jax.jit(jax.jacrev(table))(params))
     flat = jnp.concatenate([x.reshape(2**length * length, -1) for x in jacobian], axis=1)
@@ -57,26 +57,32 @@ def model(length: int, seed: int) -> tuple[jax.Array, jax.Array]:
 def rows(length: int, forwards: int, beta: float, seed: int) -> list[Row]:
     """Every estimator's figures with `forwards` maskings each; the one-step estimate has one."""
     table, jacobian = model(length, seed)
-    orders = exact.unmaskings(length)
-    blocks = exact.unmaskings(length, block_length=length // 2)
-    count = exact.uniform_count(length, forwards)
+    orders = bounds.unmaskings(length)
+    blocks = bounds.unmaskings(length, block_length=length // 2)
+    count = bounds.uniform_count(length, forwards)
     lower = {
-        "uniform t >= 0.001, weight 1/t": (exact.uniform_time(length), forwards),
+        "uniform t >= 0.001, weight 1/t": (bounds.uniform_time(length), forwards),
         "uniform count": (count, 1),
-        "stratified count (LLaDA)": (exact.stratified_count(length, forwards), 1),
-        "one-step mean field (1 forward)": (exact.all_masked(length), 1),
+        "stratified count (LLaDA)": (bounds.stratified_count(length, forwards), 1),
+        "one-step mean field (1 forward)": (bounds.all_masked(length), 1),
     }
     if forwards == 2:
-        lower["complementary pair"] = (exact.complementary(length), 1)
+        lower["complementary pair"] = (bounds.complementary(length), 1)
     by_block = {
-        "block-wise, chosen block": exact.block_wise(length, length // 2, forwards, True),
-        "block-wise, all hidden (SPG's code)": exact.block_wise(
+        "block-wise, chosen block": bounds.block_wise(length, length // 2, forwards, True),
+        "block-wise, all hidden (SPG's code)": bounds.block_wise(
             length, length // 2, forwards, False
         ),
     }
-    whole = (float(exact.elbo(table, orders)), float(exact.log_likelihood(table, orders)))
-    half = (float(exact.elbo(table, blocks)), float(exact.log_likelihood(table, blocks)))
-    upper = exact.eubo(table, orders, beta)
+    whole = (
+        float(bounds.elbo(table, orders)),
+        float(bounds.log_likelihood(table, orders)),
+    )
+    half = (
+        float(bounds.elbo(table, blocks)),
+        float(bounds.log_likelihood(table, blocks)),
+    )
+    upper = bounds.eubo(table, orders, beta)
     ends = [_draws(omega, beta, count, table, jacobian)[1] for omega in (0.0, 1.0)]
     best = float(likelihood.optimal_omega(*ends, jnp.asarray(count.probability, jnp.float32)))
     figures = [
@@ -101,7 +107,7 @@ def rows(length: int, forwards: int, beta: float, seed: int) -> list[Row]:
 
 
 def _draws(
-    omega: float, beta: float, law: exact.Maskings, table: jax.Array, jacobian: jax.Array
+    omega: float, beta: float, law: bounds.Maskings, table: jax.Array, jacobian: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Value [R] and gradient [R,D] of (1 - omega) ELBO + omega EUBO, for every draw of `law`."""
     length = table.shape[1]
@@ -120,7 +126,7 @@ def _row(
     target: str,
     omega: float,
     beta: float,
-    law: exact.Maskings,
+    law: bounds.Maskings,
     repeat: int,
     table: jax.Array,
     jacobian: jax.Array,
@@ -128,8 +134,8 @@ def _row(
 ) -> Row:
     """Figures of the mean of `repeat` draws; `truth` is (what it estimates, log p)."""
     value, gradient = _draws(omega, beta, law, table, jacobian)
-    mean, variance = exact.moments(value, law.probability)
-    spread = jnp.sum(exact.moments(gradient, law.probability)[1])
+    mean, variance = bounds.moments(value, law.probability)
+    spread = jnp.sum(bounds.moments(gradient, law.probability)[1])
     deviation, noise = (math.sqrt(float(x) / repeat) for x in (variance, spread))
     return Row(name, target, float(mean) - truth[0], float(mean) - truth[1], deviation, noise)
 

@@ -7,7 +7,7 @@ import pytest
 import tiny
 from scipy import stats
 
-from dmrl.diffusion import exact
+from dmrl.diffusion import bounds
 from dmrl.diffusion.masking import (
     block_random,
     complementary,
@@ -127,13 +127,13 @@ def test_prompt_masks_of_several_maskings_are_independent_and_begin_with_the_sha
 
 def test_random_subsets_have_the_enumerated_law():
     masks = random_subsets(KEYS, FREE, 2)
-    assert tiny.chi_square(outcomes(masks), law_of(exact.uniform_count(L, 2))) > 1e-3
-    assert tiny.chi_square(outcomes(masks), law_of(exact.stratified_count(L, 2))) == 0
+    assert tiny.chi_square(outcomes(masks), law_of(bounds.uniform_count(L, 2))) > 1e-3
+    assert tiny.chi_square(outcomes(masks), law_of(bounds.stratified_count(L, 2))) == 0
 
 
 def test_complementary_pairs_have_the_enumerated_law():
     masks = jnp.stack(complementary(KEYS, FREE), axis=1)
-    assert tiny.chi_square(outcomes(masks), law_of(exact.complementary(L))) > 1e-3
+    assert tiny.chi_square(outcomes(masks), law_of(bounds.complementary(L))) > 1e-3
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3])
@@ -142,7 +142,7 @@ def test_stratified_counts_have_the_enumerated_law(samples):
     masks = jnp.stack(
         [random_subset(fold_in(KEYS, 9 + m), FREE, counts[:, m]) for m in range(samples)], axis=1
     )
-    assert tiny.chi_square(outcomes(masks), law_of(exact.stratified_count(L, samples))) > 1e-3
+    assert tiny.chi_square(outcomes(masks), law_of(bounds.stratified_count(L, samples))) > 1e-3
 
 
 @pytest.mark.parametrize(("total", "samples"), [(5, 2), (5, 6), (7, 2), (9, 6), (30, 4), (1, 3)])
@@ -168,7 +168,7 @@ def test_a_row_without_positions_has_no_counts():
 @pytest.mark.parametrize("samples", [1, 2, 3])
 def test_block_maskings_have_the_enumerated_law_and_weight(samples):
     hidden, weight = block_random(KEYS, FREE, 2, samples)
-    law = exact.block_wise(L, 2, samples, inside_only=True)
+    law = bounds.block_wise(L, 2, samples, inside_only=True)
     assert tiny.chi_square(outcomes(hidden), law_of(law)) > 1e-3
     of_sets = {tuple(s): w for s, w in zip(law.state.tolist(), law.weight, strict=True)}
     for sets, got in zip(outcomes(hidden[:200]), weight[:200], strict=True):

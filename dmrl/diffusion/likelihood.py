@@ -78,7 +78,7 @@ def eubo(
     """(1/beta) log( mean over M maskings of weight_i p_i^beta ) of every position, in log space.
 
     Summed over positions, over infinitely many maskings and plus the constant of
-    `exact.eubo_constant`, an upper bound of log pi (SPG, arXiv 2510.09541: Renyi bound,
+    `bounds.eubo_constant`, an upper bound of log pi (SPG, arXiv 2510.09541: Renyi bound,
     beta >= 1). With M maskings the mean under the logarithm is an estimate, so the result is too
     small in expectation (Jensen), the more so the smaller M. 0 where no masking hides the position.
     """

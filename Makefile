@@ -1,9 +1,10 @@
 # make train: the tiny run from nothing.  make test: the tests from nothing.
+# make methods: every method from the same start, a table (hours).
 PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= configs/sudoku_dispo.py
 
-.PHONY: setup train test test-slow lint clean
+.PHONY: setup train test test-slow lint methods clean
 
 setup: .venv/ready
 
@@ -26,6 +27,9 @@ test: lint
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+methods: setup
+	$(BIN)/python benchmarks/methods.py $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -239,7 +239,8 @@ def grids() -> NDArray[np.uint8]:
 
 def _complete(units: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """[n, units, 4] digits -> [n] whether every unit holds all four."""
-    return (np.bitwise_or.reduce(1 << units, axis=2) == 0b11110).all(axis=1)
+    found: NDArray[np.bool_] = (np.sort(units, axis=2) == np.arange(1, 5)).all(axis=(1, 2))
+    return found
 
 
 def _division(seed: int) -> list[NDArray[np.int64]]:

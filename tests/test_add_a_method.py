@@ -16,7 +16,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "add_a_method.md"
 @pytest.fixture
 def page(tmp_path, monkeypatch):
     """The page's three blocks of code as the files that it names."""
-    method, config, test = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    method, config, test, _ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
     for package, text in ((algorithms, method), (configs, config)):
         folder = tmp_path / package.__name__
         folder.mkdir()

@@ -97,24 +97,23 @@ def warm_start(seed: int) -> None:
     (path / "done").touch()
 
 
-def try_rates(name: str, seed: int) -> None:
-    """A run with every rate; one that diverges is said and left."""
-    for rate in RATES.value:
-        try:
-            train(folder(name, seed, rate), config_of(name, seed, rate))
-        except trainer.NotFiniteError as error:
-            print(f"{name} at {rate}: {error}", flush=True)
+def attempt(name: str, seed: int, rate: str) -> None:
+    """A run; one that diverges is said and left without an end."""
+    try:
+        warm_start(seed)
+        train(folder(name, seed, rate), config_of(name, seed, rate))
+    except trainer.NotFiniteError as error:
+        print(f"{name} at {rate}, seed {seed}: {error}", flush=True)
 
 
-def best_rate(name: str, seed: int) -> str:
-    """The learning rate with the best validation from a seed's warm start."""
-    return max(RATES.value, key=lambda rate: validation(folder(name, seed, rate)))
+def best_rate(name: str, seed: int) -> str | None:
+    """The learning rate with the best validation from a seed's warm start; None if all broke."""
+    rates = [r for r in RATES.value if (folder(name, seed, r) / "done").exists()]
+    return max(rates, key=lambda rate: validation(folder(name, seed, rate)), default=None)
 
 
 def validation(path: Path) -> float:
-    """Final validation solve rate, mean over the ways of decoding; -inf for a run that broke."""
-    if not (path / "done").exists():
-        return -math.inf
+    """Final validation solve rate, mean over the ways of decoding."""
     final = {name: after for name, _, after in trainer.before_after(path)}
     return float(np.mean([final[f"eval/validation/{s}/solved"] for s in runs.SETTINGS]))
 
@@ -122,21 +121,23 @@ def validation(path: Path) -> float:
 def measure(name: str) -> None:
     """All runs of a method."""
     first, *others = map(int, SEEDS.value)
-    warm_start(first)
-    try_rates(name, first)
-    rate = best_rate(name, first)
-    for seed in others:
-        warm_start(seed)
-        train(folder(name, seed, rate), config_of(name, seed, rate))
+    for rate in RATES.value:
+        attempt(name, first, rate)
+    best = best_rate(name, first)
+    for seed in others if best else ():
+        attempt(name, seed, best)
 
 
 def result(name: str) -> dict[str, Any] | None:
-    """What the finished runs of a method show; None if there is none."""
+    """What the finished runs of a method show; None if there is none.
+
+    A seed whose run diverged is missing from `seeds`: the table then has fewer than asked for.
+    """
     rate = best_rate(name, int(SEEDS.value[0]))
+    if rate is None:
+        return None
     paths = [folder(name, int(seed), rate) for seed in SEEDS.value]
     paths = [p for p in paths if (p / "done").exists()]
-    if not paths:
-        return None
     found: dict[str, Any] = {"method": name, "seeds": len(paths), "rate": float(rate)}
     for setting in runs.SETTINGS:
         pairs = [_before_after(p, f"eval/test/{setting}/solved") for p in paths]

@@ -17,6 +17,7 @@ class Optimizer:
     schedule: str = "constant"
     """After the warm-up: `constant`, or `cosine` down to `final_fraction` of the peak."""
     warmup_steps: int = 1
+    """Updates over which the rate rises linearly from 0: the first update has rate 0."""
     final_fraction: float = 0.0
     b1: float = 0.9
     b2: float = 0.99

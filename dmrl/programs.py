@@ -203,12 +203,15 @@ class Programs:
     def _next_phase(self) -> Any:
         def next_phase(state):
             best = state.trainable if state.ema is None else state.ema
-            return state._replace(
+            state = state._replace(
                 trainable=_copy(best),
                 opt_state=self.optimizer.init(best),
                 teacher=_copy(best),
                 ema=None if state.ema is None else _copy(best),
             )
+            # Fresh moments depend on nothing: without a layout every device would hold them whole.
+            layout = parallel.shardings(self.mesh, state)
+            return jax.lax.with_sharding_constraint(state, layout)
 
         return jax.jit(next_phase, donate_argnums=0)
 
@@ -246,7 +249,8 @@ class Programs:
         def inner_update(state, batches):
             grads, metrics = self._gradient(state.trainable, frozen, teacher, reference, batches)
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.trainable)
-            metrics["grad_norm"] = optax.tree.norm(grads)
+            policy = {name: tree for name, tree in grads.items() if name != "heads"}
+            metrics["grad_norm"] = optax.tree.norm(policy)  # what clip_norm clips
             trainable = optax.apply_updates(state.trainable, updates)
             ema = state.ema
             if ema is not None:

@@ -186,7 +186,11 @@ def _check_agree(terms: Sequence[Term], config: Mapping[str, Any]) -> None:
         for name, path in SAME.items():
             owned = functools.reduce(lambda tree, key: tree[key], path, config)
             value = getattr(term.hyper, name, owned)
-            if value != owned:
+            used = name != "block_length" or getattr(term.hyper, "masking", "") in (
+                "",
+                "block_random",
+            )
+            if used and value != owned:
                 raise ValueError(
                     f"terms.{term.name}.{name}={value}, but {'.'.join(path)}={owned}: "
                     "they must be the same"

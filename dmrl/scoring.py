@@ -22,6 +22,8 @@ class Scored(NamedTuple):
     parts: list[dict[str, float]]
     texts: list[str]
     examples: Sequence[Any]
+    calls: int
+    """Texts that were scored: completions, fillings, and completions sampled again."""
 
 
 def score(
@@ -33,6 +35,7 @@ def score(
 ) -> Scored:
     """Terminal rewards of the completions and of every probe filling, in one trip."""
     parts, texts = _rewards(recipe, examples, np.asarray(rollout.tokens))
+    calls = len(parts)
     reward = np.array([p["reward"] for p in parts], np.float32)
     filled = []
     for probe in probes:
@@ -42,9 +45,11 @@ def score(
             repeated = [e for e in examples for _ in range(copies)]
             found, _ = _rewards(recipe, repeated, fills.reshape(-1, fills.shape[-1]))
             rewards = np.array([p["reward"] for p in found], np.float32)
+            calls += len(found)
             probe = probe._replace(reward=put(rewards.reshape(fills.shape[:3])))
         filled.append(probe)
-    return Scored(rollout._replace(reward=put(reward)), tuple(filled), parts, texts, examples)
+    rollout = rollout._replace(reward=put(reward))
+    return Scored(rollout, tuple(filled), parts, texts, examples, calls)
 
 
 def _rewards(
@@ -71,7 +76,7 @@ def statistics(recipe: Recipe, scored: Sequence[Scored]) -> dict[str, float]:
         "entropy": float(np.mean(rollout.entropy[sampled])) if sampled.any() else 0.0,
         "completions/mean_length": float(np.mean(rollout.length)),
         "num_tokens": float(np.sum(sampled)),
-        "reward_calls": float(len(parts) + _fillings(scored)),
+        "reward_calls": float(sum(s.calls for s in scored)),
     }
     if recipe.rescue.fraction:
         values["rescued"] = float(np.mean(np.any(rollout.reveal_step == HINT, axis=1)))
@@ -84,13 +89,13 @@ def statistics(recipe: Recipe, scored: Sequence[Scored]) -> dict[str, float]:
     return values
 
 
-def _fillings(scored: Sequence[Scored]) -> int:
-    rewards = [p.reward for s in scored for p in s.probes if p is not None]
-    return sum(r.size for r in rewards if r is not None)
-
-
 def _spread(prefix: str, groups: np.ndarray) -> dict[str, float]:
-    """Mean reward, mean within-group std, and the share of groups without a signal."""
+    """Mean reward, mean within-group std, and the share of groups without a signal.
+
+    The mean alone where a group is one filling.
+    """
+    if groups.shape[1] == 1:
+        return {f"{prefix}reward": float(groups.mean())}
     std = groups.std(axis=1)
     zero = f"{prefix.removesuffix('step_')}frac_reward_zero_std"
     return {

@@ -197,7 +197,7 @@ class Reinforce:
             "step_time": end - start,
             "tokens_per_s": values["num_tokens"] / (end - start),
         }
-        if in_phase + 1 == loop.phase_steps and number + 1 < self.steps:
+        if in_phase + 1 == loop.phase_steps:  # the last one too: it ends with its average
             state = self.programs.next_phase(state)
         return StepResult(state, values, self._completions(number, scored))
 
@@ -251,6 +251,7 @@ class Reinforce:
             return self._put(np.where(taken.reshape(-1, *[1] * (new.ndim - 1)), *here))
 
         return scored._replace(
+            calls=scored.calls + hinted.calls,
             rollout=jax.tree.map(choose, hinted.rollout, rollout),
             parts=[
                 a if t else b for t, a, b in zip(taken, hinted.parts, scored.parts, strict=True)

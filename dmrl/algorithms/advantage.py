@@ -28,7 +28,8 @@ def group_relative(
     def mean(x: Float[Array, " b"]) -> Float[Array, " b"]:
         return jnp.matmul(same, x, precision="highest") / size
 
-    centred = reward - mean(reward)
+    # Exactly 0 without a signal: a rounding error over a std of 0 would pass for one.
+    centred = jnp.where(has_signal(reward, group), reward - mean(reward), 0.0)
     scale = jnp.ones_like(size)
     if baseline == "leave_one_out":
         scale = size / jnp.maximum(size - 1, 1)

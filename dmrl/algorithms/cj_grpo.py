@@ -72,7 +72,8 @@ def prepare(
         hp.states,
     )
     pieces = batch.state.shape[0] // rows
-    return surrogate.with_frozen(batch, models.behaviour, models.reference, pieces)
+    reference = surrogate.reference(models, hp.beta)
+    return surrogate.with_frozen(batch, models.behaviour, reference, pieces)
 
 
 def loss(models: Models, batch: surrogate.Batch, hp: Hyper) -> tuple[Float[Array, ""], Metrics]:

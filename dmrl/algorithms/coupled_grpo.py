@@ -119,7 +119,7 @@ def prepare(
         old=None,
         reference=None,
     )
-    frozen = (models.behaviour, models.reference)
+    frozen = (models.behaviour, surrogate.reference(models, hp.beta))
     old, reference = (None if model is None else estimate(model, batch) for model in frozen)
     return batch._replace(old=old, reference=reference)
 

@@ -64,7 +64,8 @@ def prepare(
         old=None,
         reference=None,
     )
-    return surrogate.with_frozen(batch, models.behaviour, models.reference)
+    reference = surrogate.reference(models, hp.beta)
+    return surrogate.with_frozen(batch, models.behaviour, reference)
 
 
 def loss(models: Models, batch: surrogate.Batch, hp: Hyper) -> tuple[Float[Array, ""], Metrics]:

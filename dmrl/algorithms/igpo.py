@@ -96,7 +96,8 @@ def prepare(
         old=None,
         reference=None,
     )
-    return surrogate.with_frozen(batch, models.behaviour, models.reference)
+    reference = surrogate.reference(models, hp.beta)
+    return surrogate.with_frozen(batch, models.behaviour, reference)
 
 
 def _entropy(policy: Denoiser, rollout: Rollout, state: Int[Array, "b l"]) -> Float[Array, "b l"]:

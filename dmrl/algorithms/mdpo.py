@@ -110,7 +110,7 @@ def prepare(
         old=None,
         reference=None,
     )
-    frozen = (models.behaviour, models.reference if hp.beta > 0 else None)
+    frozen = (models.behaviour, surrogate.reference(models, hp.beta))
     old, reference = (None if m is None else tempered(m, hp.temperature) for m in frozen)
     return surrogate.with_frozen(batch, old, reference, pieces=hp.states)
 

@@ -10,7 +10,7 @@ from dmrl.diffusion.likelihood import state_log_prob
 from dmrl.diffusion.masking import random_subset
 from dmrl.diffusion.noise import row_keys
 from dmrl.diffusion.probe import state_at, steps_taken
-from dmrl.types import Denoiser, Metrics, PRNGKey, Rollout
+from dmrl.types import Denoiser, Metrics, Models, PRNGKey, Rollout
 
 
 class Batch(NamedTuple):
@@ -55,6 +55,11 @@ def k3(log_prob: Float[Array, "*n"], reference: Float[Array, "*n"]) -> Float[Arr
 def needs(beta: float) -> frozenset[str]:
     """What a KL penalty of weight `beta` asks of the trainer."""
     return frozenset({"reference"}) if beta > 0 else frozenset()
+
+
+def reference(models: Models, beta: float) -> Denoiser | None:
+    """The reference, unless it was another term that asked for it."""
+    return models.reference if beta > 0 else None
 
 
 RATIO_LEVELS = ("token", "sequence")

@@ -1,4 +1,4 @@
-"""Every method from the same tiny warm starts, at equal rollouts.
+"""Every method from the same tiny warm starts, at equal rollouts (IGPO adds its second ones).
 
     python benchmarks/methods.py --out=runs/methods                  # everything, hours
     python benchmarks/methods.py --methods=spg,wd1 --out=runs/methods

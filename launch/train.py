@@ -21,17 +21,25 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, e.g. configs/s
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/RECIPE-PRESET")
 flags.mark_flag_as_required("config")
 
+PEERS = (
+    "If another process of this run has stopped, its own output says why. Start all processes "
+    "again with the same command: the run continues from its last checkpoint."
+)
+
 
 def main(argv: list[str]) -> None:
     """Builds the recipe, then calls the trainer."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: options start with --config.")
-    from dmrl import console, parallel, recipe, trainer
+    import jax
+
+    from dmrl import console, parallel, processes, recipe, trainer
     from dmrl.checkpoint import CheckpointError
 
     logging.getLogger("jax").setLevel(logging.WARNING)
     config = CONFIG.value.to_dict()
     try:
+        processes.join()
         made = recipe.build(config)
         if config["dry_run"]:
             from dmrl import cost
@@ -41,10 +49,18 @@ def main(argv: list[str]) -> None:
             print(f"mesh here         {dict(parallel.make_mesh(**made.mesh).shape)}")
             return
         workdir = Path(WORKDIR.value or default_workdir())
-        print(f"workdir {workdir}", flush=True)
+        if processes.is_writer():
+            print(f"workdir {workdir}", flush=True)
         trainer.train(made, workdir, config)
     except (ValueError, OSError, trainer.NotFiniteError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
+        processes.stop(f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).partition("\n")[0]
+        processes.stop(f"error: {reason}\n{PEERS}")
+    if not processes.is_writer():
+        return
     rows = [r for r in trainer.before_after(workdir) if r[0].endswith(("/solved", "/cells"))]
     console.Console().table("Held-out, before and after stage 2", rows)
     print(f"report {workdir / 'report.html'}")

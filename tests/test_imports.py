@@ -34,6 +34,7 @@ RULES = {
     "dmrl.report": Doors({"numpy"}, set()),
     "dmrl.cost": Doors({"numpy"}, set()),
     "dmrl.parallel": Doors(NUMERIC, set()),
+    "dmrl.processes": Doors(NUMERIC, set()),
     "dmrl.rescue": Doors({"numpy"}, set()),
     "dmrl.checkpoint": Doors(NUMERIC | {"orbax"}, set()),
     "dmrl.optim": Doors(NUMERIC | {"optax"}, set()),
@@ -43,7 +44,7 @@ RULES = {
         NUMERIC,
         {
             f"dmrl.{room}"
-            for room in ("types", "diffusion", "tasks", "tokenizer", "data", "parallel")
+            for room in ("types", "diffusion", "tasks", "tokenizer", "data", "parallel", "scoring")
         },
     ),
     # The trainer stands on every room; these are its parts.

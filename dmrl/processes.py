@@ -22,6 +22,11 @@ SILENT_SECONDS = 60
 EXIT_SECONDS = 1800
 """How long a process that has finished waits for the others, which may still write files."""
 
+PEERS = (
+    "(If another process of this run stopped first, its own output says why. Start all processes "
+    "again with the same command: the run continues from its last checkpoint.)"
+)
+
 
 def join() -> None:
     """Joins the other processes of this run, if there are any. Call before anything uses jax.
@@ -106,6 +111,6 @@ def stop(message: str) -> NoReturn:
     if jax.process_count() == 1:
         sys.exit(message)
     place = f"process {jax.process_index()} of {jax.process_count()}"
-    print(f"{place}: {message}", file=sys.stderr, flush=True)
+    print(f"{place}: {message}\n{PEERS}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(1)

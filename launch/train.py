@@ -21,11 +21,6 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, e.g. configs/s
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/RECIPE-PRESET")
 flags.mark_flag_as_required("config")
 
-PEERS = (
-    "If another process of this run has stopped, its own output says why. Start all processes "
-    "again with the same command: the run continues from its last checkpoint."
-)
-
 
 def main(argv: list[str]) -> None:
     """Builds the recipe, then calls the trainer."""
@@ -57,8 +52,8 @@ def main(argv: list[str]) -> None:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        reason = str(error).partition("\n")[0]
-        processes.stop(f"error: {reason}\n{PEERS}")
+        reason, _, _ = str(error).partition("\n")
+        processes.stop(f"error: {reason}")
     if not processes.is_writer():
         return
     rows = [r for r in trainer.before_after(workdir) if r[0].endswith(("/solved", "/cells"))]

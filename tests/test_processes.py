@@ -83,11 +83,12 @@ def run(count, workdir, cache, **options):
     return start_together(count, f"--workdir={workdir}", *args, cache=cache)
 
 
-def after_step(started, workdir, step):
-    """Waits until metrics.jsonl shows the step."""
+def after_step(started, workdir, step, saved=False):
+    """Waits until metrics.jsonl shows the step, and until it is saved if asked."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and all(p.poll() is None for p in started):
-        if any(r["step"] == step for r in rows(workdir / "metrics.jsonl") if "loss" in r):
+        seen = any(r["step"] == step for r in rows(workdir / "metrics.jsonl") if "loss" in r)
+        if seen and (not saved or (workdir / "checkpoints" / "rl" / str(step)).exists()):
             return
         time.sleep(0.05)
     for process in started:
@@ -139,8 +140,8 @@ def test_many_processes_compute_what_one_does(whole, count):
 
 @pytest.mark.slow
 def test_when_one_is_killed_the_other_stops_and_a_restart_resumes(tmp_path, cache, whole):
-    started = run(2, tmp_path / "run", cache, steps=3)
-    after_step(started, tmp_path / "run", 1)
+    started = run(2, tmp_path / "run", cache)
+    after_step(started, tmp_path / "run", 1, saved=True)
     started[1].kill()
     clock = time.monotonic()
     out, err = started[0].communicate(timeout=NOTICED)

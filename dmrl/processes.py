@@ -56,6 +56,8 @@ def join() -> None:
     except ValueError as error:
         if "should be defined" not in str(error):  # jax found no cluster around it
             raise
+    except OSError as error:  # a TPU machine without a metadata server, such as a notebook's
+        print(f"no other processes found ({error}): this one is alone", file=sys.stderr)
 
 
 def is_writer() -> bool:

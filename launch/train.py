@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
             print(cost.dry_run(made))
             print(f"mesh here         {dict(parallel.make_mesh(**made.mesh).shape)}")
             return
-        workdir = Path(WORKDIR.value or default_workdir())
+        workdir = local_folder(WORKDIR.value) if WORKDIR.value else default_workdir()
         if processes.is_writer():
             print(f"workdir {workdir}", flush=True)
         trainer.train(made, workdir, config)
@@ -59,6 +59,19 @@ def main(argv: list[str]) -> None:
     rows = [r for r in trainer.before_after(workdir) if r[0].endswith(("/solved", "/cells"))]
     console.Console().table("Held-out, before and after stage 2", rows)
     print(f"report {workdir / 'report.html'}")
+
+
+def local_folder(name: str) -> Path:
+    """A workdir that was asked for.
+
+    Raises ValueError for the address of an object store: files there cannot be appended to.
+    """
+    if "://" in name:
+        raise ValueError(
+            f"--workdir={name}: give a folder that all processes see (NFS, Filestore, or a bucket "
+            "mounted with gcsfuse; docs/pods.md)"
+        )
+    return Path(name)
 
 
 def default_workdir() -> Path:

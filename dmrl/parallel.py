@@ -5,6 +5,7 @@ alike. Programs are ordinary `jax.jit` over `NamedSharding`s, on one device as o
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,20 +30,25 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
     """A ('data', 'fsdp', 'tensor') mesh over all devices; one size may be -1, "the rest".
+
+    `devices` are those of a slice that is not attached, to compile for it.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
-    sizes, count = [data, fsdp, tensor], jax.device_count()
+    sizes, count = [data, fsdp, tensor], len(devices or jax.devices())
     known = int(np.prod([s for s in sizes if s != -1]))
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes) or count % known:
         raise ValueError(_mesh_error(sizes, count))
     sizes = [count // known if s == -1 else s for s in sizes]
     if int(np.prod(sizes)) != count:
         raise ValueError(_mesh_error(sizes, count))
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    types = (AxisType.Auto,) * 3
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
 
 
 def _mesh_error(sizes: list[int], count: int) -> str:

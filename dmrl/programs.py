@@ -160,6 +160,21 @@ class Programs:
         with jax.set_mesh(self.mesh):
             return self._update(state, frozen, tuple(rollouts), tuple(probes), key)
 
+    def trace_rollout(self, behaviour: Any, frozen: Any, prompts: Any, key: Any) -> Any:
+        """`rollout` traced for arguments that may be `jax.ShapeDtypeStruct`s with layouts.
+
+        For what only looks at the program (`.jaxpr`, `.lower().compile()`) and never runs it.
+        """
+        frozen = frozen if self.model.lora_rank else None
+        first_row = jax.ShapeDtypeStruct((), jnp.int32, sharding=parallel.replicated(self.mesh))
+        with jax.set_mesh(self.mesh):
+            return self._rollout.trace(behaviour, frozen, prompts, first_row, key)
+
+    def trace_update(self, state: Any, frozen: Any, rollouts: Any, probes: Any, key: Any) -> Any:
+        """`update`, traced like `trace_rollout`."""
+        with jax.set_mesh(self.mesh):
+            return self._update.trace(state, frozen, tuple(rollouts), tuple(probes), key)
+
     @functools.cached_property
     def _rollout(self) -> Any:
         assert self.sampling is not None

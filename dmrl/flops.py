@@ -7,7 +7,9 @@ over all devices, with what the backward pass recomputes; element-wise work is l
 import math
 from typing import Any
 
-import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+JAXPR = (ClosedJaxpr, Jaxpr)
 
 
 def matmul_flops(jaxpr: Any) -> float:
@@ -27,9 +29,5 @@ def _equation(eqn: Any) -> float:
         return 2.0 * math.prod(eqn.outvars[0].aval.shape) * contracted
     if name == "cond":
         return max(matmul_flops(branch) for branch in params["branches"])
-    inside = sum(map(matmul_flops, jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr)))
+    inside = sum(matmul_flops(x) for x in params.values() if isinstance(x, JAXPR))
     return inside * params["length"] if name == "scan" else inside
-
-
-def _is_jaxpr(x: Any) -> bool:
-    return isinstance(x, jax.extend.core.Jaxpr | jax.extend.core.ClosedJaxpr)

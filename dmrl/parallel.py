@@ -25,7 +25,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"blocks/.*(attn_out|ff_out)/a$", P(None, "tensor", None)),
     (r"blocks/.*(attn_out|ff_out)/b$", P(None, None, "fsdp")),
     (r"embedding$", P("tensor", "fsdp")),
-    (r"head$", P("fsdp", "tensor")),
+    # Only columns are cut, so that no device ever gathers the head (dmrl/models/logprob.py).
+    (r"head$", P(None, ("fsdp", "tensor"))),
     (r".*", P()),
 )
 
@@ -79,13 +80,24 @@ def shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
 def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     if len(spec) > len(shape):
         return P()
-    axes = [
-        axis if axis and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(spec, shape, strict=False)
-    ]
-    while axes and axes[-1] is None:
-        axes.pop()
-    return P(*axes)
+
+    def kept(axes: Any, size: int) -> Any:
+        cutting = tuple(a for a in _names(axes) if mesh.shape[a] > 1)
+        if not cutting or size % int(np.prod([mesh.shape[a] for a in cutting])):
+            return None
+        return cutting if len(cutting) > 1 else cutting[0]
+
+    fitted = [kept(axes, size) for axes, size in zip(spec, shape, strict=False)]
+    while fitted and fitted[-1] is None:
+        fitted.pop()
+    return P(*fitted)
+
+
+def _names(axes: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    if axes is None:
+        return ()
+    return axes if isinstance(axes, tuple) else (axes,)
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:

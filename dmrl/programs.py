@@ -314,6 +314,11 @@ class Programs:
         return jax.lax.scan(accumulate, zeros, cut)[0]
 
 
+def frozen_copy(model: models.Config, params: Any) -> Any:
+    """A reference policy beside trained weights, in the compute type: all that it is read in."""
+    return jax.tree.map(lambda x: jnp.array(x, model.dtype, copy=True), params)
+
+
 def _copy(tree: Any) -> Any:
     """New buffers: a donated state must not hold one array twice."""
     return jax.tree.map(jnp.copy, tree)

@@ -127,6 +127,12 @@ def reinforcement(recipe: Recipe, mesh: Any) -> Programs:
     )
 
 
+def check_rows(loop: Loop, mesh: Any) -> None:
+    """Raises ValueError where the rows of a rollout chunk do not divide among the devices."""
+    rows = loop.prompts_per_step * loop.num_generations // loop.rollout_chunks
+    _check_shared("completions of a chunk", rows, mesh)
+
+
 def _updates(loop: Loop) -> int:
     """Optimiser steps over which the learning rate is scheduled."""
     return (loop.phase_steps or loop.steps) * loop.num_iterations
@@ -151,8 +157,7 @@ class Reinforce:
         self.recipe, self.held = recipe, held
         loop = recipe.loop
         self.steps = loop.steps
-        rows = loop.prompts_per_step * loop.num_generations // loop.rollout_chunks
-        _check_shared("completions of a chunk", rows, mesh)
+        check_rows(loop, mesh)
         self.train = held.prompts["train"]
         seed = data.stream_seed(recipe.seed, self.name)
         self.batches = data.batches(len(self.train.examples), loop.prompts_per_step, seed)

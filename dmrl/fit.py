@@ -139,9 +139,7 @@ def _refused(fit: Fit, message: str) -> Fit:
 def _share(tree: Any) -> float:
     """Bytes on one device of a tree of laid-out shapes."""
     arrays = [x for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, _KEY)]
-    return float(
-        sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
-    )
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays))
 
 
 def _changes(fit: Fit, recipe: Recipe, mesh: Mesh) -> list[str]:
@@ -163,7 +161,8 @@ def _changes(fit: Fit, recipe: Recipe, mesh: Mesh) -> list[str]:
         count = math.ceil(held * fit.devices / room)
         found.append(
             f"weights and state alone take {held / GB:.1f} of {room / GB:.1f} GB: a slice of at "
-            f"least {count} such chips" + ("" if model.lora_rank else ", or --config.model.lora_rank=128")
+            f"least {count} such chips"
+            + ("" if model.lora_rank else ", or --config.model.lora_rank=128")
         )
     elif fit.program == "rollout" and rows // loop.rollout_chunks > shards:
         found.append(f"--config.rollout_chunks={_more(rows, shards, loop.rollout_chunks)}")

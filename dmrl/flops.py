@@ -18,7 +18,7 @@ def matmul_flops(jaxpr: Any) -> float:
     Of a branch the dearest side is counted; the body of a loop whose trips are not known counts
     once.
     """
-    return sum(_equation(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+    return sum((_equation(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns), 0.0)
 
 
 def _equation(eqn: Any) -> float:
@@ -29,5 +29,7 @@ def _equation(eqn: Any) -> float:
         return 2.0 * math.prod(eqn.outvars[0].aval.shape) * contracted
     if name == "cond":
         return max(matmul_flops(branch) for branch in params["branches"])
-    inside = sum(matmul_flops(x) for x in params.values() if isinstance(x, JAXPR))
+    inside = sum((matmul_flops(x) for x in params.values() if isinstance(x, JAXPR)), 0.0)
+    if name == "shard_map":  # written for one device
+        return inside * float(params["mesh"].size)
     return inside * params["length"] if name == "scan" else inside

@@ -13,7 +13,9 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _OP = re.compile(rf"\s({'|'.join(KINDS)})(-start)?\(([^)]*)\)")
 _LINE = re.compile(r"^\s*(?:ROOT )?(%[\w.-]+) = (.*)$")
 _ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+\w*|c\d+)\[([\d,]*)\]")
-_NAMED = re.compile(r"(?:body|condition|calls|to_apply|branch_computations)=(?:\{([^}]*)\}|(%[\w.-]+))")
+_NAMED = re.compile(
+    r"(?:body|condition|calls|to_apply|branch_computations)=(?:\{([^}]*)\}|(%[\w.-]+))"
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -100,12 +102,42 @@ def _callees(rest: str) -> list[str]:
 
 
 def _trip_count(rest: str, computations: dict[str, list[str]]) -> int | None:
+    """How often a loop that counts up from 0 runs; None where that cannot be read."""
     if known := _TRIPS.search(rest):
         return int(known[1])
-    condition = re.search(r"condition=(%[\w.-]+)", rest)
-    lines = " ".join(computations[condition[1]]) if condition else ""
-    bounds = re.findall(r"s32\[\]\S* constant\((\d+)\)", lines)
-    return int(bounds[0]) if len(bounds) == 1 and "direction=LT" in lines else None
+    called = dict(re.findall(r"(condition|body)=(%[\w.-]+)", rest))
+    condition = dict(_defined(computations[called["condition"]]))
+    for value in condition.values():
+        if test := re.search(r" compare\((%[\w.-]+), (%[\w.-]+)\), direction=LT", value):
+            index = re.search(r"index=(\d+)", condition.get(test[1], ""))
+            bound = re.search(r"([su])32\[\]\S* constant\((\d+)\)", condition.get(test[2], ""))
+            if index and bound:
+                step = _step(dict(_defined(computations[called["body"]])), index[1])
+                # JAX's own loops count in s32 by one, XLA's (u32) over ring steps may not.
+                step = step or (1 if bound[1] == "s" else None)
+                return step and -(-int(bound[2]) // step)
+    return None
+
+
+def _step(body: dict[str, str], index: str) -> int | None:
+    """What the body adds to element `index` of what it carries."""
+    for value in body.values():
+        if added := re.search(r"32\[\]\S* add\((%[\w.-]+), (%[\w.-]+)\)", value):
+            counter = body.get(added[1], "")
+            by = re.search(r" constant\((\d+)\)", body.get(added[2], ""))
+            result = _element(body, index)
+            if by and f"index={index}" in counter.split(", metadata")[0] and result == value:
+                return int(by[1])
+    return None
+
+
+def _element(body: dict[str, str], index: str) -> str | None:
+    """Definition of element `index` of the body's result, its last instruction."""
+    result = re.search(r" tuple\(([^)]*)\)", list(body.values())[-1])
+    if not result:
+        return None
+    names = [name.split()[-1] for name in result[1].split(",")]
+    return body.get(names[int(index)]) if int(index) < len(names) else None
 
 
 def _operands(names: str, shapes: dict[str, str]) -> float:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax.experimental import topologies
 
 
@@ -66,8 +67,6 @@ def find(name: str) -> Slice:
       ValueError: no such slice, or fewer simulated devices than asked for (see `simulate`).
       ModuleNotFoundError: libtpu is not installed.
     """
-    import jax
-
     if name.startswith("cpu:"):
         count, have = simulated(name), jax.devices("cpu")
         if len(have) < count:

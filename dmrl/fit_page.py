@@ -54,7 +54,7 @@ def traffic(fit: Mapping[str, Any]) -> str:
     if fit["collectives"] is None:
         return "collectives unknown: this compiler gives no text"
     kinds = [
-        f"{k} {n['bytes'] / GB:,.1f} GB in {n['count']:,}" for k, n in fit["collectives"].items()
+        f"{k} {n['bytes'] / GB:,.1f} GB in {n['times']:,}" for k, n in fit["collectives"].items()
     ]
     unknown = fit["unknown_loops"]
     more = f"; {unknown} loop(s) of unknown length counted once" if unknown else ""
@@ -80,29 +80,30 @@ def show(label: str, fits: Sequence[Fit]) -> None:
     table = Table(title=f"{label} on {first.topology}: {first.devices} devices, {mesh}")
     names, *lines = zip(*(rows(plain(fit)) for fit in fits), strict=True)
     table.add_column("a device")
-    for name in names:
-        table.add_column(name, justify="right")
-    for (name, unit), line in zip(list(COLUMNS.items())[1:], lines, strict=True):
-        table.add_row(f"{name}, {unit}" if unit else name, *line)
+    for program in names:
+        table.add_column(program, justify="right")
+    for (quantity, unit), line in zip(list(COLUMNS.items())[1:], lines, strict=True):
+        table.add_row(f"{quantity}, {unit}" if unit else quantity, *line)
     console = Console()
     console.print(table)
     for fit in fits:
         console.print(f"{fit.program} sends, a run and device: {traffic(plain(fit))}")
-        for line in (fit.error, *(f"change: {c}" for c in fit.change)):
-            if line:
-                console.print(f"{fit.program} {line}", markup=False)
+        for text in filter(None, (fit.error, *(f"change: {c}" for c in fit.change))):
+            console.print(f"{fit.program} {text}", markup=False)
     console.print(f"Bytes are per device (compiled); seconds are bounds (predicted). {NOTE}")
 
 
 def save(path: Path, label: str, fits: Iterable[Fit]) -> None:
-    """Adds to the JSON file, in place of what it held for the same label and slice; and the page."""
-    new = [{"label": label, **plain(f)} for f in fits]
-    old = json.loads(path.read_text()) if path.exists() else []
-    replaced = {(f["label"], f["topology"]) for f in new}
-    kept = [f for f in old if (f["label"], f["topology"]) not in replaced]
+    """Adds to the JSON file, replacing what it held for the same program; writes the page."""
+    found = json.loads(path.read_text()) if path.exists() else []
+    by_key = {_key(f): f for f in [*found, *({"label": label, **plain(f)} for f in fits)]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(kept + new, indent=1) + "\n")
-    path.with_suffix(".md").write_text(page(kept + new, path))
+    path.write_text(json.dumps(list(by_key.values()), indent=1) + "\n")
+    path.with_suffix(".md").write_text(page(list(by_key.values()), path))
+
+
+def _key(fit: Mapping[str, Any]) -> tuple[Any, ...]:
+    return fit["label"], fit["topology"], fit["program"]
 
 
 def page(fits: Sequence[Mapping[str, Any]], path: Path) -> str:
@@ -110,8 +111,8 @@ def page(fits: Sequence[Mapping[str, Any]], path: Path) -> str:
     lines = [
         "# Slices",
         "",
-        f"Made by `python launch/compile.py --config=RECIPE --topology=SLICE --out={path}` with the "
-        "options in each heading (`make slices` runs all).",
+        f"Made by `python launch/compile.py --config=RECIPE --topology=SLICE --out={path}`, with "
+        "the recipe and the options of each heading (`make slices` runs all).",
         "",
         NOTE,
         "",

@@ -22,7 +22,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 class Sent(NamedTuple):
     """Collectives of one kind, loops unrolled."""
 
-    count: int
+    times: int
     bytes: float
 
 
@@ -64,7 +64,7 @@ def traffic(text: str) -> Traffic:
                 kind = "reduce-scatter" if fused else op[1]
                 size = max(_bytes(rest[: op.start()], bool(op[2])), _operands(op[3], shapes))
                 old = kinds.get(kind, Sent(0, 0.0))
-                kinds[kind] = Sent(old.count + times, old.bytes + times * size)
+                kinds[kind] = Sent(old.times + times, old.bytes + times * size)
             loop = " while(" in rest
             trips = _trip_count(rest, computations) if loop else 1
             for callee in _callees(rest):

@@ -21,8 +21,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"blocks/.*(q_proj|k_proj|v_proj|ff_proj|up_proj)/kernel$", P(None, "fsdp", "tensor")),
     (r"blocks/.*(attn_out|ff_out)/kernel$", P(None, "tensor", "fsdp")),
     (r"blocks/.*(q_proj|k_proj|v_proj|ff_proj|up_proj)/a$", P(None, "fsdp", None)),
-    (r"blocks/.*(q_proj|k_proj|v_proj|ff_proj|up_proj)/b$", P(None, None, "tensor")),
-    (r"blocks/.*(attn_out|ff_out)/a$", P(None, "tensor", None)),
+    (r"blocks/.*(q_proj|k_proj|v_proj|ff_proj|up_proj)/b$", P(None, "fsdp", "tensor")),
+    (r"blocks/.*(attn_out|ff_out)/a$", P(None, "tensor", "fsdp")),
     (r"blocks/.*(attn_out|ff_out)/b$", P(None, None, "fsdp")),
     (r"embedding$", P("tensor", "fsdp")),
     # Only columns are cut, so that no device ever gathers the head (dmrl/models/logprob.py).
@@ -31,17 +31,18 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(
-    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
-) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
     """A ('data', 'fsdp', 'tensor') mesh over all devices; one size may be -1, "the rest".
-
-    `devices` are those of a slice that is not attached, to compile for it.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
-    sizes, count = [data, fsdp, tensor], len(devices or jax.devices())
+    return mesh_over(jax.devices(), data, fsdp, tensor)
+
+
+def mesh_over(devices: Sequence[Any], data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
+    """`make_mesh` over given devices, e.g. those of a slice that is not attached."""
+    sizes, count = [data, fsdp, tensor], len(devices)
     known = int(np.prod([s for s in sizes if s != -1]))
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes) or count % known:
         raise ValueError(_mesh_error(sizes, count))

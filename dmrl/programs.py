@@ -11,7 +11,7 @@ import difflib
 import functools
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -250,7 +250,12 @@ class Programs:
         behaviour = current if self.inner_updates > 1 else None
         if self.phases:
             behaviour = self.policy(state.teacher, frozen)
-        frozen_models = Models(current, behaviour, reference)
+        in_pieces = functools.partial(_in_pieces, pieces=self.microbatches)
+        frozen_models = Models(
+            in_pieces(current),
+            behaviour and in_pieces(behaviour),
+            reference and in_pieces(reference),
+        )
         teacher = behaviour if self.phases else None
 
         def prepare(index):
@@ -326,6 +331,27 @@ def _copy(tree: Any) -> Any:
 
 def _join(chunks: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *chunks)
+
+
+def _in_pieces(denoiser: Denoiser, pieces: int) -> Denoiser:
+    """The same model, which takes the rows of a batch in `pieces`, one after the other.
+
+    For `prepare`, which may score a whole rollout at once: in the memory of a microbatch.
+    """
+    if pieces == 1:
+        return denoiser
+
+    def cut(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        def by_piece(*args: jax.Array) -> jax.Array:
+            count = args[0].shape[0]
+            if args[0].ndim < 2 or count % pieces:
+                return f(*args)
+            out = jax.lax.map(lambda piece: f(*piece), [_strided(x, pieces) for x in args])
+            return jnp.moveaxis(out, 0, 1).reshape(count, *out.shape[2:])
+
+        return by_piece
+
+    return denoiser._replace(encode=cut(denoiser.encode), log_prob=cut(denoiser.log_prob))
 
 
 def _strided(x: jax.Array, pieces: int) -> jax.Array:

@@ -44,15 +44,15 @@ def main(argv: list[str]) -> None:
         refused = 0
         for name in TOPOLOGY.value:
             where = slices.find(name)
-            mesh = parallel.make_mesh(**made.mesh, devices=where.devices)
+            mesh = parallel.mesh_over(where.devices, **made.mesh)
             done = []
             for program in ahead.programs(made, mesh):
                 print(f"{name}: compiling the {program.name} ...", flush=True)
                 done.append(fit.compiled(program, made, mesh, where))
+                if OUT.value:
+                    fit_page.save(Path(OUT.value), label(), done)
             fit_page.show(label(), done)
             refused += sum(f.fits is False for f in done)
-            if OUT.value:
-                fit_page.save(Path(OUT.value), label(), done)
     except (ValueError, ModuleNotFoundError, OSError) as error:
         sys.exit(f"error: {error}")
     sys.exit(1 if refused else 0)

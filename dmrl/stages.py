@@ -11,7 +11,7 @@ import numpy as np
 from dmrl import data, evaluate, models, optim, parallel, rescue, scoring, tokenizer
 from dmrl.held import Evaluated, Held
 from dmrl.programs import Programs, TrainState, make_term, needs
-from dmrl.recipe import Recipe
+from dmrl.recipe import Loop, Recipe
 from dmrl.scoring import Scored
 from dmrl.types import TEMPLATE, Probe, Rollout
 
@@ -111,6 +111,43 @@ class WarmStart:
         return found._replace(done=rate >= settings.target)
 
 
+def reinforcement(recipe: Recipe, mesh: Any) -> Programs:
+    """The programs of stage 2."""
+    loop = recipe.loop
+    return Programs(
+        recipe.model,
+        recipe.terms,
+        recipe.sampling,
+        optim.make(recipe.optimizer, _updates(loop)),
+        mesh,
+        loop.num_generations,
+        loop.num_iterations,
+        loop.microbatches,
+        loop.phase_steps > 0,
+        loop.ema,
+    )
+
+
+def check_rows(loop: Loop, mesh: Any) -> None:
+    """Raises ValueError where the rows of a rollout chunk do not divide among the devices."""
+    rows = loop.prompts_per_step * loop.num_generations // loop.rollout_chunks
+    _check_shared("completions of a chunk", rows, mesh)
+
+
+def _updates(loop: Loop) -> int:
+    """Optimiser steps over which the learning rate is scheduled."""
+    return (loop.phase_steps or loop.steps) * loop.num_iterations
+
+
+def with_heads(recipe: Recipe, trainable: Any) -> Any:
+    """`trainable`, with fresh heads beside it if a term has any."""
+    names = needs(recipe.terms) & models.heads.HEADS.keys()
+    if not names:
+        return trainable
+    key = jax.random.fold_in(jax.random.key(recipe.seed), 20)
+    return {**trainable, "heads": models.heads.init(recipe.model, names, key)}
+
+
 class Reinforce:
     """Stage 2: rollouts, rewards on the host, mu inner updates."""
 
@@ -121,26 +158,12 @@ class Reinforce:
         self.recipe, self.held = recipe, held
         loop = recipe.loop
         self.steps = loop.steps
-        rows = loop.prompts_per_step * loop.num_generations // loop.rollout_chunks
-        _check_shared("completions of a chunk", rows, mesh)
+        check_rows(loop, mesh)
         self.train = held.prompts["train"]
         seed = data.stream_seed(recipe.seed, self.name)
         self.batches = data.batches(len(self.train.examples), loop.prompts_per_step, seed)
-        updates = (loop.phase_steps or loop.steps) * loop.num_iterations
-        self.optimizer = optim.make(recipe.optimizer, updates)
-        self.programs = Programs(
-            recipe.model,
-            recipe.terms,
-            recipe.sampling,
-            self.optimizer,
-            mesh,
-            loop.num_generations,
-            loop.num_iterations,
-            loop.microbatches,
-            loop.phase_steps > 0,
-            loop.ema,
-        )
-        self.schedule = optim.learning_rate(recipe.optimizer, updates)
+        self.programs = reinforcement(recipe, mesh)
+        self.schedule = optim.learning_rate(recipe.optimizer, _updates(loop))
         self.traces: rescue.Traces | None = None
         if recipe.rescue.fraction:
             self.traces = rescue.encode_traces(
@@ -152,11 +175,7 @@ class Reinforce:
 
     def init(self, trainable: Any) -> TrainState:
         """From the warm-started (or converted) weights, with fresh heads if a term has any."""
-        names = needs(self.recipe.terms) & models.heads.HEADS.keys()
-        if names:
-            key = jax.random.fold_in(jax.random.key(self.recipe.seed), 20)
-            trainable = {**trainable, "heads": models.heads.init(self.recipe.model, names, key)}
-        return self.programs.init_state(trainable)
+        return self.programs.init_state(with_heads(self.recipe, trainable))
 
     def step(self, state: TrainState, number: int, index: np.ndarray, key: jax.Array) -> StepResult:
         """Sample in chunks, score each while the next is sampled, update."""

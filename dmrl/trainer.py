@@ -24,7 +24,7 @@ from dmrl.console import Console
 from dmrl.held import Held
 from dmrl.metrics import Lines, Metrics
 from dmrl.models import weights
-from dmrl.programs import TrainState, needs
+from dmrl.programs import TrainState, frozen_copy, needs
 from dmrl.recipe import Recipe
 
 ORDER = ("warm_start", "rl")
@@ -153,7 +153,7 @@ def train(
         if warm:
             trainable = loop.run(warm, trainable).trainable
         if not recipe.model.lora_rank and "reference" in needs(recipe.terms):
-            held.frozen = jax.tree.map(jnp.copy, trainable["params"])
+            held.frozen = frozen_copy(recipe.model, trainable["params"])
         trained = loop.run(reinforce, trainable).trainable
     collection = "lora" if recipe.model.lora_rank else "params"
     what = (recipe.model, trained[collection], collection)

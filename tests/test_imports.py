@@ -47,6 +47,10 @@ RULES = {
             for room in ("types", "diffusion", "tasks", "tokenizer", "data", "parallel", "scoring")
         },
     ),
+    "dmrl.slices": Doors({"jax", "libtpu"}, set()),
+    "dmrl.flops": Doors({"jax"}, set()),
+    "dmrl.hlo": Doors(set(), set()),
+    "dmrl.fit_page": Doors({"rich"}, {"dmrl.fit"}),
     # The trainer stands on every room; these are its parts.
     "dmrl.programs": Doors(NUMERIC | {"optax"}, ANY),
     "dmrl.recipe": Doors(set(), ANY),
@@ -54,6 +58,8 @@ RULES = {
     "dmrl.scoring": Doors(NUMERIC, ANY),
     "dmrl.stages": Doors(NUMERIC, ANY),
     "dmrl.trainer": Doors(NUMERIC, ANY),
+    "dmrl.ahead": Doors(NUMERIC, ANY),
+    "dmrl.fit": Doors(NUMERIC, ANY),
     "dmrl": Doors(set(), set()),
 }
 SHARED_BY_ALGORITHMS = {"dmrl.algorithms.advantage", "dmrl.algorithms.surrogate"}

@@ -13,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,14 @@ from dmrl.programs import Programs, TrainState, make_term  # noqa: E402
 
 _SHAPE = flags.DEFINE_enum("shape", "F", list(SHAPES), "Which shape")
 _SIDES = flags.DEFINE_list("sides", ["dmrl", "peer"], "Who runs")
-_PEAK = flags.DEFINE_float("peak_tflops", 0.0, "Published peak of the device; 0: its own matmul")
 _SIDE = flags.DEFINE_enum("side", None, ["dmrl", "peer"], "Run this side here and print its JSON")
 
 PROMPTS, GROUP, UPDATES = 2, 6, 12
 """The outer step that a public trainer takes 95 s for on one H100 (30 s sampling, 65 s update)."""
 PUBLIC_SECONDS = 95.0
 GOAL_TOKENS, GOAL_MFU_ROLLOUT, GOAL_MFU_UPDATE, GOAL_SECONDS, GOAL_PEER = 140, 0.45, 0.4, 45.0, 1.3
+PUBLISHED = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bfloat16 FLOP/s; another device's utilisation is of a large matrix product on it."""
 DEVICES = ("NVIDIA H100", "NVIDIA H200", "NVIDIA A100", "TPU v4", "TPU v5e", "TPU v5p")
 
 
@@ -103,7 +103,7 @@ def dmrl_side(shape: Shape) -> dict[str, Any]:
 
     times |= timing.alternate({"update": update})
     assert np.isfinite(float(update()["loss"])), "the update is not finite"
-    peak = (_PEAK.value * 1e12 or timing.peak_flops(shape.model.dtype)) * jax.device_count()
+    peak = peak_flops(shape.model.dtype) * jax.device_count()
     work = flops(shape)
     sizes = {name: found._asdict() for name, found in times.items()}
     stats = jax.devices()[0].memory_stats() or {}
@@ -117,6 +117,13 @@ def dmrl_side(shape: Shape) -> dict[str, Any]:
         "peak memory": stats.get("peak_bytes_in_use"),
         "times": sizes,
     }
+
+
+def peak_flops(dtype: str) -> float:
+    """Of one device: published for a known one in bfloat16, else measured."""
+    kind = jax.devices()[0].device_kind
+    known = [peak for name, peak in PUBLISHED.items() if name in kind and dtype == "bfloat16"]
+    return known[0] if known else timing.peak_flops(dtype)
 
 
 def flops(shape: Shape) -> dict[str, float]:
@@ -152,24 +159,22 @@ def peer_side(shape: Shape) -> dict[str, Any]:
     def generate() -> None:
         tokens = peer.generate(network, prompt, shape.sampling, dtype)
         assert not bool((tokens == shape.model.mask_token_id).all()), "the peer sampled nothing"
-
-    seconds = []
-    for _ in range(1 + timing.REPEATS.value):
-        start = time.perf_counter()
-        generate()
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    median = float(np.median(seconds[1:]))
+
+    times = timing.alternate({"peer": generate})["peer"]
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     tokens = prompt.shape[0] * shape.sampling.length
-    return {"device": name, "tokens/s": tokens / median, "seconds": seconds}
+    return {"device": name, "tokens/s": tokens / times.median, "times": times._asdict()}
 
 
 def child(side: str) -> dict[str, Any] | None:
     """What a side measured in a process of its own; None, and why, if it could not run."""
     command = [sys.executable, __file__, f"--side={side}", *sys.argv[1:]]
-    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True)
+    environment = dict(os.environ)
+    if side == "peer":
+        environment["JAX_PLATFORMS"] = "cpu"  # the accelerator's memory is PyTorch's
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         print(f"{side} did not run: {done.stderr.strip().splitlines()[-1]}", flush=True)
         return None

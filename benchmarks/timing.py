@@ -1,5 +1,6 @@
 """What the benchmarks of speed share: clocks, memory, the machine, rows of the table."""
 
+import ctypes
 import functools
 import json
 import os
@@ -71,7 +72,11 @@ def ratio(times: Mapping[str, Times], over: str, under: str) -> float:
 
 
 def peak_memory(run: Callable[[], Any]) -> int:
-    """Bytes that the process grows by at the worst moment of `run`: Linux's high-water mark."""
+    """Bytes that the process grows by at the worst moment of `run`: Linux's high-water mark.
+
+    What the allocator kept from earlier runs goes back first: `run` would use it unseen.
+    """
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     jax.block_until_ready(run())

@@ -196,9 +196,8 @@ class Programs:
             )
             row = first_row + jnp.arange(prompt.shape[0], dtype=jnp.int32)
             draw_key, probe_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-            done = sampler.sample(
-                denoiser, prompt, valid, template, row, row // size, draw_key, sampling, drafts
-            )
+            context = (prompt, valid, template, row, row // size)
+            done = sampler.sample(denoiser, *context, draw_key, sampling, drafts, size)
             probes = [self._probe(denoiser, done, term, probe_key) for term in self.terms]
             return done, tuple(probes)
 

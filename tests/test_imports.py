@@ -31,6 +31,7 @@ RULES = {
     "dmrl.data": Doors(
         {"numpy", "grain", "datasets", "tensorflow_datasets"}, {"dmrl.tasks", "dmrl.tokenizer"}
     ),
+    "dmrl.protocol": Doors({"numpy"}, {"dmrl.tasks"}),
     "dmrl.report": Doors({"numpy"}, set()),
     "dmrl.cost": Doors({"numpy"}, set()),
     "dmrl.parallel": Doors(NUMERIC, set()),

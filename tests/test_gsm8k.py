@@ -137,7 +137,7 @@ def test_what_could_be_huge_is_never_given_to_math_verify(text):
 
 def test_an_overrun_is_cut_off_and_the_next_question_answered(monkeypatch):
     assert equality.equal("1", r"\frac{5}{5}")
-    monkeypatch.setattr(equality, "SECONDS", 1e-6)
+    monkeypatch.setattr(equality, "SECONDS", -1.0)
     assert not equality.equal("1", r"\frac{6}{6}")
     monkeypatch.undo()
     assert equality.equal("1", r"\frac{7}{7}")
@@ -216,7 +216,7 @@ def test_bad_rows_are_named(tmp_path):
     (tmp_path / "gsm8k").mkdir()
     file = tmp_path / "gsm8k" / "test.jsonl"
     for text, message in (
-        ('{"a": 1}\nnot json', "test.jsonl, line 2: no JSON"),
+        ('{"question": "?", "answer": "#### 1"}\nnot json', "test.jsonl, line 2: no JSON"),
         ("[1]", "line 1: .* is no JSON object"),
         ("", "has no lines"),
         ('{"question": "?", "answer": "eighteen"}', "does not end in ####"),

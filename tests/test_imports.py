@@ -26,7 +26,9 @@ RULES = {
     "dmrl.diffusion": Doors(NUMERIC, {"dmrl.types"}),
     "dmrl.algorithms": Doors({"jax", "jaxtyping"}, {"dmrl.types", "dmrl.diffusion"}),
     "dmrl.models": Doors(NUMERIC | {"flax", "tensorstore"}, {"dmrl.types"}),
-    "dmrl.tasks": Doors({"numpy", "math_verify"}, set()),
+    "dmrl.tasks": Doors({"numpy", "math_verify"}, {"dmrl.sandbox"}),
+    "dmrl.sandbox": Doors(set(), set()),
+    "dmrl.confined": Doors(set(), set()),
     "dmrl.tokenizer": Doors({"numpy", "tokenizers", "transformers"}, {"dmrl.tasks"}),
     "dmrl.data": Doors(
         {"numpy", "grain", "datasets", "tensorflow_datasets"}, {"dmrl.tasks", "dmrl.tokenizer"}

@@ -37,6 +37,7 @@ EXTRAS = {
     "dev": [
         "pytest>=9.0",
         "hypothesis>=6.100",
+        "math-verify>=0.9.0",
         "pytest-xdist>=3.8",
         "scipy>=1.15",
         "beartype>=0.22",

@@ -62,14 +62,6 @@ def metrics(decoded: Decoded) -> Iterator[tuple[str, float]]:
     yield "mean_length", float(np.mean(np.asarray(decoded.rollout.length)))
 
 
-def interval(successes: float, count: int) -> tuple[float, float]:
-    """95% Wilson interval of a rate, as fractions."""
-    z, rate = 1.959964, successes / count
-    centre = (rate + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * np.sqrt(rate * (1 - rate) / count + z * z / (4 * count**2))
-    return float(centre - half), float(centre + half)
-
-
 def trajectories(
     decoded: Decoded,
     prompts: data.Prompts,

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dmrl import data, evaluate, models, tasks, tokenizer
+from dmrl import data, evaluate, models, protocol, tasks, tokenizer
 from dmrl.diffusion.sampler import Sampling
 from dmrl.types import TEMPLATE, Rollout
 
@@ -103,7 +103,7 @@ def test_names_of_settings(sampling, name):
     ],
 )
 def test_wilson_interval(successes, count, low, high):
-    assert evaluate.interval(float(successes), count) == pytest.approx((low, high), abs=1e-4)
+    assert protocol.interval(float(successes), count) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_trajectory_rows_show_cells_in_the_order_of_the_board():

@@ -26,11 +26,14 @@ RULES = {
     "dmrl.diffusion": Doors(NUMERIC, {"dmrl.types"}),
     "dmrl.algorithms": Doors({"jax", "jaxtyping"}, {"dmrl.types", "dmrl.diffusion"}),
     "dmrl.models": Doors(NUMERIC | {"flax", "tensorstore"}, {"dmrl.types"}),
-    "dmrl.tasks": Doors({"numpy", "math_verify"}, set()),
+    "dmrl.tasks": Doors({"numpy", "math_verify"}, {"dmrl.sandbox"}),
+    "dmrl.sandbox": Doors(set(), set()),
+    "dmrl.confined": Doors(set(), set()),
     "dmrl.tokenizer": Doors({"numpy", "tokenizers", "transformers"}, {"dmrl.tasks"}),
     "dmrl.data": Doors(
         {"numpy", "grain", "datasets", "tensorflow_datasets"}, {"dmrl.tasks", "dmrl.tokenizer"}
     ),
+    "dmrl.protocol": Doors({"numpy"}, {"dmrl.tasks"}),
     "dmrl.report": Doors({"numpy"}, set()),
     "dmrl.cost": Doors({"numpy"}, set()),
     "dmrl.parallel": Doors(NUMERIC, set()),

@@ -1,10 +1,11 @@
 # make train: the tiny run from nothing.  make test: the tests from nothing.
 # make methods: every method from the same start, a table (hours).
+# make bench: speed against PyTorch, against itself, against the bound (an hour).
 PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= configs/sudoku_dispo.py
 
-.PHONY: setup train test test-slow lint methods clean
+.PHONY: setup train test test-slow lint methods bench clean
 
 setup: .venv/ready
 
@@ -30,6 +31,10 @@ test-slow: setup
 
 methods: setup
 	$(BIN)/python benchmarks/methods.py $(ARGS)
+
+bench: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[bench]'
+	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info

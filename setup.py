@@ -33,6 +33,7 @@ EXTRAS = {
     "tfds": ["tensorflow-datasets>=4.9.9", "array-record>=0.7"],
     "tensorboard": ["tensorboardX>=2.6"],
     "wandb": ["wandb>=0.20"],
+    "bench": ["torch>=2.5"],  # the peer that speed is measured against
     "dev": [
         "pytest>=9.0",
         "hypothesis>=6.100",

@@ -4,7 +4,9 @@ One table maps parameter paths to layouts; it serves weights, adapters and optim
 alike. Programs are ordinary `jax.jit` over `NamedSharding`s, on one device as on a pod.
 """
 
+import functools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,11 +22,12 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"blocks/.*(q_proj|k_proj|v_proj|ff_proj|up_proj)/kernel$", P(None, "fsdp", "tensor")),
     (r"blocks/.*(attn_out|ff_out)/kernel$", P(None, "tensor", "fsdp")),
     (r"blocks/.*(q_proj|k_proj|v_proj|ff_proj|up_proj)/a$", P(None, "fsdp", None)),
-    (r"blocks/.*(q_proj|k_proj|v_proj|ff_proj|up_proj)/b$", P(None, None, "tensor")),
-    (r"blocks/.*(attn_out|ff_out)/a$", P(None, "tensor", None)),
+    (r"blocks/.*(q_proj|k_proj|v_proj|ff_proj|up_proj)/b$", P(None, "fsdp", "tensor")),
+    (r"blocks/.*(attn_out|ff_out)/a$", P(None, "tensor", "fsdp")),
     (r"blocks/.*(attn_out|ff_out)/b$", P(None, None, "fsdp")),
     (r"embedding$", P("tensor", "fsdp")),
-    (r"head$", P("fsdp", "tensor")),
+    # Only columns are cut, so that no device ever gathers the head (dmrl/models/logprob.py).
+    (r"head$", P(None, ("fsdp", "tensor"))),
     (r".*", P()),
 )
 
@@ -35,14 +38,20 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
-    sizes, count = [data, fsdp, tensor], jax.device_count()
+    return mesh_over(jax.devices(), data, fsdp, tensor)
+
+
+def mesh_over(devices: Sequence[Any], data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
+    """`make_mesh` over given devices, e.g. those of a slice that is not attached."""
+    sizes, count = [data, fsdp, tensor], len(devices)
     known = int(np.prod([s for s in sizes if s != -1]))
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes) or count % known:
         raise ValueError(_mesh_error(sizes, count))
     sizes = [count // known if s == -1 else s for s in sizes]
     if int(np.prod(sizes)) != count:
         raise ValueError(_mesh_error(sizes, count))
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    types = (AxisType.Auto,) * 3
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
 
 
 def _mesh_error(sizes: list[int], count: int) -> str:
@@ -73,13 +82,24 @@ def shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
 def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     if len(spec) > len(shape):
         return P()
-    axes = [
-        axis if axis and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(spec, shape, strict=False)
-    ]
-    while axes and axes[-1] is None:
-        axes.pop()
-    return P(*axes)
+
+    def kept(axes: Any, size: int) -> Any:
+        cutting = tuple(a for a in _names(axes) if mesh.shape[a] > 1)
+        if not cutting or size % int(np.prod([mesh.shape[a] for a in cutting])):
+            return None
+        return cutting if len(cutting) > 1 else cutting[0]
+
+    fitted = [kept(axes, size) for axes, size in zip(spec, shape, strict=False)]
+    while fitted and fitted[-1] is None:
+        fitted.pop()
+    return P(*fitted)
+
+
+def _names(axes: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    if axes is None:
+        return ()
+    return axes if isinstance(axes, tuple) else (axes,)
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
@@ -90,6 +110,36 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The same everywhere."""
     return NamedSharding(mesh, P())
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """Host arrays, the same in every process, as arrays of the mesh: each device gets its part."""
+
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def one(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree)
+
+
+def gather(tree: Any) -> Any:
+    """Whole arrays on the host of every process, whatever device of whatever process held them."""
+    apart = [x for x in jax.tree.leaves(tree) if not _is_here(x)]
+    if apart:
+        together = iter(_replicate(apart[0].sharding.mesh)(apart))
+        tree = jax.tree.map(lambda x: x if _is_here(x) else next(together), tree)
+    return jax.tree.map(np.asarray, tree)
+
+
+def _is_here(x: Any) -> bool:
+    return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+
+
+@functools.cache
+def _replicate(mesh: Mesh) -> Any:
+    return jax.jit(lambda arrays: arrays, out_shardings=replicated(mesh))
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:

@@ -11,7 +11,7 @@ import difflib
 import functools
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -108,14 +108,21 @@ class Programs:
 
     def init_state(self, trainable: Any) -> TrainState:
         """Step 0, laid out over the mesh."""
-        state = TrainState(
-            jnp.zeros((), jnp.int32),
-            trainable,
-            self.optimizer.init(trainable),
-            _copy(trainable) if self.phases else None,
-            _copy(trainable) if self.ema else None,
-        )
-        return jax.device_put(state, parallel.shardings(self.mesh, state))
+        trainable = jax.device_put(trainable, parallel.shardings(self.mesh, trainable))
+
+        def others(trainable):
+            return TrainState(
+                jnp.zeros((), jnp.int32),
+                None,
+                self.optimizer.init(trainable),
+                _copy(trainable) if self.phases else None,
+                _copy(trainable) if self.ema else None,
+            )
+
+        layout = parallel.shardings(self.mesh, jax.eval_shape(others, trainable))
+        with jax.set_mesh(self.mesh):
+            state = jax.jit(others, out_shardings=layout)(trainable)
+        return state._replace(trainable=trainable)
 
     def next_phase(self, state: TrainState) -> TrainState:
         """The policy's average (or the policy) becomes both policy and teacher; Adam restarts."""
@@ -130,7 +137,7 @@ class Programs:
         `prompts` is (prompt [n,P], prompt_valid [n,P], template [n,L]). Rows are numbered from
         `first_row`: noise follows the number, so chunks of a batch equal the whole.
         """
-        prompts = jax.device_put(prompts, parallel.replicated(self.mesh))
+        prompts = parallel.put(prompts, parallel.replicated(self.mesh))
         frozen = frozen if self.model.lora_rank else None  # no part of this policy
         with jax.set_mesh(self.mesh):
             return self._rollout(behaviour, frozen, prompts, jnp.int32(first_row), key)
@@ -143,7 +150,7 @@ class Programs:
         `hints` [B,L] holds a token where one is injected and MASK elsewhere. Only masked
         positions of the template can be hinted; they come back with `reveal_step` HINT.
         """
-        hints = jax.device_put(hints, parallel.batch_sharding(self.mesh))
+        hints = parallel.put(hints, parallel.batch_sharding(self.mesh))
         frozen = frozen if self.model.lora_rank else None
         with jax.set_mesh(self.mesh):
             return self._inpaint(behaviour, frozen, rollout, hints, key)
@@ -160,6 +167,21 @@ class Programs:
         with jax.set_mesh(self.mesh):
             return self._update(state, frozen, tuple(rollouts), tuple(probes), key)
 
+    def trace_rollout(self, behaviour: Any, frozen: Any, prompts: Any, key: Any) -> Any:
+        """`rollout` traced for arguments that may be `jax.ShapeDtypeStruct`s with layouts.
+
+        For what only looks at the program (`.jaxpr`, `.lower().compile()`) and never runs it.
+        """
+        frozen = frozen if self.model.lora_rank else None
+        first_row = jax.ShapeDtypeStruct((), jnp.int32, sharding=parallel.replicated(self.mesh))
+        with jax.set_mesh(self.mesh):
+            return self._rollout.trace(behaviour, frozen, prompts, first_row, key)
+
+    def trace_update(self, state: Any, frozen: Any, rollouts: Any, probes: Any, key: Any) -> Any:
+        """`update`, traced like `trace_rollout`."""
+        with jax.set_mesh(self.mesh):
+            return self._update.trace(state, frozen, tuple(rollouts), tuple(probes), key)
+
     @functools.cached_property
     def _rollout(self) -> Any:
         assert self.sampling is not None
@@ -174,9 +196,8 @@ class Programs:
             )
             row = first_row + jnp.arange(prompt.shape[0], dtype=jnp.int32)
             draw_key, probe_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-            done = sampler.sample(
-                denoiser, prompt, valid, template, row, row // size, draw_key, sampling, drafts
-            )
+            context = (prompt, valid, template, row, row // size)
+            done = sampler.sample(denoiser, *context, draw_key, sampling, drafts, size)
             probes = [self._probe(denoiser, done, term, probe_key) for term in self.terms]
             return done, tuple(probes)
 
@@ -235,7 +256,12 @@ class Programs:
         behaviour = current if self.inner_updates > 1 else None
         if self.phases:
             behaviour = self.policy(state.teacher, frozen)
-        frozen_models = Models(current, behaviour, reference)
+        in_pieces = functools.partial(_in_pieces, pieces=self.microbatches)
+        frozen_models = Models(
+            in_pieces(current),
+            behaviour and in_pieces(behaviour),
+            reference and in_pieces(reference),
+        )
         teacher = behaviour if self.phases else None
 
         def prepare(index):
@@ -299,6 +325,11 @@ class Programs:
         return jax.lax.scan(accumulate, zeros, cut)[0]
 
 
+def frozen_copy(model: models.Config, params: Any) -> Any:
+    """A reference policy beside trained weights, in the compute type: all that it is read in."""
+    return jax.tree.map(lambda x: jnp.array(x, model.dtype, copy=True), params)
+
+
 def _copy(tree: Any) -> Any:
     """New buffers: a donated state must not hold one array twice."""
     return jax.tree.map(jnp.copy, tree)
@@ -306,6 +337,27 @@ def _copy(tree: Any) -> Any:
 
 def _join(chunks: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *chunks)
+
+
+def _in_pieces(denoiser: Denoiser, pieces: int) -> Denoiser:
+    """The same model, which takes the rows of a batch in `pieces`, one after the other.
+
+    For `prepare`, which may score a whole rollout at once: in the memory of a microbatch.
+    """
+    if pieces == 1:
+        return denoiser
+
+    def cut(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        def by_piece(*args: jax.Array) -> jax.Array:
+            count = args[0].shape[0]
+            if args[0].ndim < 2 or count % pieces:
+                return f(*args)
+            out = jax.lax.map(lambda piece: f(*piece), [_strided(x, pieces) for x in args])
+            return jnp.moveaxis(out, 0, 1).reshape(count, *out.shape[2:])
+
+        return by_piece
+
+    return denoiser._replace(encode=cut(denoiser.encode), log_prob=cut(denoiser.log_prob))
 
 
 def _strided(x: jax.Array, pieces: int) -> jax.Array:

@@ -37,6 +37,7 @@ RULES = {
     "dmrl.report": Doors({"numpy"}, set()),
     "dmrl.cost": Doors({"numpy"}, set()),
     "dmrl.parallel": Doors(NUMERIC, set()),
+    "dmrl.processes": Doors(NUMERIC, set()),
     "dmrl.rescue": Doors({"numpy"}, set()),
     "dmrl.checkpoint": Doors(NUMERIC | {"orbax"}, set()),
     "dmrl.optim": Doors(NUMERIC | {"optax"}, set()),
@@ -46,9 +47,13 @@ RULES = {
         NUMERIC,
         {
             f"dmrl.{room}"
-            for room in ("types", "diffusion", "tasks", "tokenizer", "data", "parallel")
+            for room in ("types", "diffusion", "tasks", "tokenizer", "data", "parallel", "scoring")
         },
     ),
+    "dmrl.slices": Doors({"jax", "libtpu"}, set()),
+    "dmrl.flops": Doors({"jax"}, set()),
+    "dmrl.hlo": Doors(set(), set()),
+    "dmrl.fit_page": Doors({"rich"}, {"dmrl.fit"}),
     # The trainer stands on every room; these are its parts.
     "dmrl.programs": Doors(NUMERIC | {"optax"}, ANY),
     "dmrl.recipe": Doors(set(), ANY),
@@ -56,6 +61,8 @@ RULES = {
     "dmrl.scoring": Doors(NUMERIC, ANY),
     "dmrl.stages": Doors(NUMERIC, ANY),
     "dmrl.trainer": Doors(NUMERIC, ANY),
+    "dmrl.ahead": Doors(NUMERIC, ANY),
+    "dmrl.fit": Doors(NUMERIC, ANY),
     "dmrl": Doors(set(), set()),
 }
 SHARED_BY_ALGORITHMS = {"dmrl.algorithms.advantage", "dmrl.algorithms.surrogate"}

@@ -147,7 +147,7 @@ def test_one_table_for_weights_adapter_and_optimiser():
     assert found["params/blocks/attn/q_proj/kernel"] == P(None, "fsdp", "tensor")
     assert found["params/blocks/ff_out/kernel"] == P(None, "tensor", "fsdp")
     assert found["params/embedding"] == P("tensor", "fsdp")
-    assert found["params/head"] == P("fsdp", "tensor")
+    assert found["params/head"] == P(None, ("fsdp", "tensor"))
     assert found["lora/blocks/attn/q_proj/a"] == P(None, "fsdp")
     assert found["lora/blocks/attn/q_proj/b"] == P(None, None, "tensor")
     moments = jax.eval_shape(lambda: optax.adam(1.0).init(tree["params"]))
@@ -165,7 +165,8 @@ def test_every_matrix_is_cut_by_some_rule_of_its_own():
 
 def test_an_axis_that_does_not_divide_or_cuts_nothing_is_dropped():
     tree = {"head": jnp.zeros((6, 5)), "embedding": jnp.zeros((5, 6))}
-    assert specs(mesh_of(1, 2, 2), tree) == {"head": P("fsdp"), "embedding": P(None, "fsdp")}
+    assert specs(mesh_of(1, 2, 2), tree) == {"head": P(), "embedding": P(None, "fsdp")}
+    assert specs(mesh_of(1, 1, 5), tree) == {"head": P(None, "tensor"), "embedding": P("tensor")}
     assert specs(mesh_of(8, 1, 1), tree) == {"head": P(), "embedding": P()}
     assert parallel.batch_shards(mesh_of(2, 3, 4)) == 6
 

@@ -1,0 +1,190 @@
+"""A compiled program against a slice: memory, traffic, analytic cost, and what to change.
+
+Nothing here has run. Memory and traffic are `compiled`: the compiler's own account. Seconds are
+`predicted`: bounds from published peak rates, which no program reaches.
+"""
+
+import math
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from dmrl import flops, hlo, parallel
+from dmrl.ahead import Traced
+from dmrl.cost import GB
+from dmrl.programs import needs
+from dmrl.recipe import Recipe
+from dmrl.slices import Chip, Slice
+
+_KEY = jax.dtypes.prng_key
+SPARE = 0.1
+"""Share of a device's memory to leave free: fragmentation, the runtime, other programs."""
+
+
+class Fit(NamedTuple):
+    """One program on one slice. Bytes are those of one device."""
+
+    program: str
+    topology: str
+    devices: int
+    mesh: dict[str, int]
+    runs: int
+    """How often a step runs the program: a rollout once a chunk."""
+    compile_seconds: float
+    arguments: float = 0.0
+    outputs: float = 0.0
+    aliased: float = 0.0
+    """Part of the outputs that takes the place of donated arguments."""
+    temporaries: float = 0.0
+    code: float = 0.0
+    beside: float = 0.0
+    """Kept on the device meanwhile: what is not among the arguments, e.g. Adam's moments."""
+    peak: float = 0.0
+    """Everything at once."""
+    hbm: float | None = None
+    """The device's memory; None for simulated devices."""
+    fits: bool | None = None
+    """Whether `peak` leaves SPARE of `hbm` free."""
+    collectives: dict[str, hlo.Sent] | None = None
+    """By kind, of one run; None where the compiler gives no text."""
+    unknown_loops: int = 0
+    flops: float = 0.0
+    """Matrix products of one run on all devices."""
+    compute_seconds: float | None = None
+    """A step's products at peak rate (predicted)."""
+    interconnect_seconds: float | None = None
+    """A step's collectives at the rate of all links (predicted)."""
+    change: tuple[str, ...] = ()
+    """What would make it fit."""
+    error: str = ""
+    """What the compiler said where it gave up."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Roofline of a step (predicted): the slower of the two, as if they overlapped fully."""
+        known = [s for s in (self.compute_seconds, self.interconnect_seconds) if s is not None]
+        return max(known) if known else None
+
+
+def compiled(program: Traced, recipe: Recipe, mesh: Mesh, where: Slice) -> Fit:
+    """Compiles `program` and says how it fits."""
+    work = flops.matmul_flops(program.traced.jaxpr)
+    beside, given = _share(program.beside), _share(program.arguments)
+    runs = recipe.loop.rollout_chunks if program.name == "rollout" else 1
+    count, chip = mesh.devices.size, where.chip
+    fit = Fit(
+        program.name,
+        where.name,
+        count,
+        dict(mesh.shape),
+        runs,
+        0.0,
+        beside=beside,
+        hbm=chip and chip.hbm,
+        flops=work,
+        compute_seconds=chip and runs * work / count / chip.flops,
+    )
+    start = time.perf_counter()
+    try:
+        done = program.traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        fit = _refused(fit._replace(arguments=given), str(error))
+    else:
+        fit = _account(fit, done, chip)
+    fit = fit._replace(compile_seconds=time.perf_counter() - start)
+    if fit.hbm is not None:
+        fit = fit._replace(fits=not fit.error and fit.peak <= (1 - SPARE) * fit.hbm)
+    return fit._replace(change=tuple(_changes(fit, recipe, mesh)))
+
+
+def _account(fit: Fit, done: Any, chip: Chip | None) -> Fit:
+    m = done.memory_analysis()
+    parts = [
+        float(getattr(m, f"{name}_size_in_bytes"))
+        for name in ("argument", "output", "alias", "temp", "generated_code")
+    ]
+    given, out, alias, temp, code = parts
+    fit = fit._replace(arguments=given, outputs=out, aliased=alias, temporaries=temp, code=code)
+    fit = fit._replace(peak=given + out - alias + temp + code + fit.beside)
+    try:
+        sent = hlo.traffic(done.as_text())
+    except jax.errors.JaxRuntimeError:  # some pairs of jaxlib and libtpu cannot print v5p's
+        return fit
+    seconds = chip and fit.runs * sent.bytes / chip.interconnect
+    return fit._replace(
+        collectives=sent.kinds, unknown_loops=sent.unknown_loops, interconnect_seconds=seconds
+    )
+
+
+_USED = re.compile(r"Used ([\d.]+)([KMGT]) of")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _refused(fit: Fit, message: str) -> Fit:
+    """The compiler ran out of the device's memory, and says how much it wanted."""
+    if "RESOURCE_EXHAUSTED" not in message and "memory" not in message:
+        raise RuntimeError(f"{fit.program} does not compile for {fit.topology}: {message[:2000]}")
+    used = _USED.search(message)
+    total = float(used[1]) * _UNITS[used[2]] if used else 0.0
+    return fit._replace(
+        temporaries=max(total - fit.arguments, 0.0),
+        peak=total + fit.beside,
+        error=message.splitlines()[0][:300],
+    )
+
+
+def _share(tree: Any) -> float:
+    """Bytes on one device of a tree of laid-out shapes."""
+    arrays = [x for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, _KEY)]
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays))
+
+
+def _changes(fit: Fit, recipe: Recipe, mesh: Mesh) -> list[str]:
+    """Options that lower the peak, the cheapest in speed first; and what wastes devices."""
+    loop, model, shards = recipe.loop, recipe.model, parallel.batch_shards(mesh)
+    rows = loop.prompts_per_step * loop.num_generations
+    found = []
+    piece = rows // loop.microbatches
+    if fit.program == "update" and piece % shards:
+        found.append(
+            f"--config.microbatches: {loop.microbatches} leaves {piece} completions for "
+            f"{shards} devices, which is uneven; choose {_divisor_below(rows, shards, piece)}"
+        )
+    if fit.fits or fit.hbm is None:
+        return found
+    room = (1 - SPARE) * fit.hbm
+    held = fit.arguments + fit.beside
+    if held > room:
+        count = math.ceil(held * fit.devices / room)
+        found.append(
+            f"weights and state alone take {held / GB:.1f} of {room / GB:.1f} GB: a slice of at "
+            f"least {count} such chips"
+            + ("" if model.lora_rank else ", or --config.model.lora_rank=128")
+        )
+    elif fit.program == "rollout" and rows // loop.rollout_chunks > shards:
+        found.append(f"--config.rollout_chunks={_more(rows, shards, loop.rollout_chunks)}")
+    elif fit.program == "update" and piece > shards:
+        found.append(f"--config.microbatches={_more(rows, shards, loop.microbatches)}")
+    elif model.remat != "full" and fit.program == "update":
+        found.append("--config.model.remat=full")
+    else:
+        found.append("--config.mesh.tensor=2 (one row a device already), or a larger slice")
+    if model.lora_rank and model.param_dtype == "float32":
+        found.append("--config.model.param_dtype=bfloat16 for the frozen base")
+    if not model.lora_rank and "reference" in needs(recipe.terms):
+        found.append("beta=0 in every term: no reference copy of the weights")
+    return found
+
+
+def _more(rows: int, shards: int, pieces: int) -> int:
+    """The next number of pieces that leaves every device the same number of rows."""
+    return next(n for n in range(pieces + 1, rows + 1) if rows % n == 0 and rows // n % shards == 0)
+
+
+def _divisor_below(rows: int, shards: int, piece: int) -> str:
+    even = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n % shards == 0]
+    near = sorted(even, key=lambda n: abs(rows // n - piece))[:2]
+    return " or ".join(map(str, sorted(near))) or f"completions in multiples of {shards}"

@@ -1,10 +1,12 @@
 # make train: the tiny run from nothing.  make test: the tests from nothing.
 # make methods: every method from the same start, a table (hours).
+# make slices: LLaDA-8B compiled for TPU slices that are not attached (hours, an environment of
+# its own with the TPU compiler).
 PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= configs/sudoku_dispo.py
 
-.PHONY: setup train test test-slow lint methods clean
+.PHONY: setup train test test-slow lint methods slices clean
 
 setup: .venv/ready
 
@@ -31,5 +33,13 @@ test-slow: setup
 methods: setup
 	$(BIN)/python benchmarks/methods.py $(ARGS)
 
+slices: .venv-tpu/ready
+	.venv-tpu/bin/python benchmarks/slices.py $(ARGS)
+
+.venv-tpu/ready: setup.py constraints.txt
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,tpu]'
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-tpu build *.egg-info

@@ -2,11 +2,12 @@
 # make methods: every method from the same start, a table (hours).
 # make slices: LLaDA-8B compiled for TPU slices that are not attached (hours, an environment of
 # its own with the TPU compiler).
+# make bench: speed against PyTorch, against itself, against the bound (an hour).
 PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= configs/sudoku_dispo.py
 
-.PHONY: setup train test test-slow lint methods slices clean
+.PHONY: setup train test test-slow lint methods bench slices clean
 
 setup: .venv/ready
 
@@ -40,6 +41,10 @@ slices: .venv-tpu/ready
 	$(PYTHON) -m venv .venv-tpu
 	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,tpu]'
 	touch $@
+
+bench: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[bench]'
+	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 clean:
 	rm -rf .venv .venv-tpu build *.egg-info

@@ -33,9 +33,11 @@ EXTRAS = {
     "tfds": ["tensorflow-datasets>=4.9.9", "array-record>=0.7"],
     "tensorboard": ["tensorboardX>=2.6"],
     "wandb": ["wandb>=0.20"],
+    "bench": ["torch>=2.5"],  # the peer that speed is measured against
     "dev": [
         "pytest>=9.0",
         "hypothesis>=6.100",
+        "math-verify>=0.9.0",
         "pytest-xdist>=3.8",
         "scipy>=1.15",
         "beartype>=0.22",

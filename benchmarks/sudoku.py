@@ -49,16 +49,11 @@ class Shuffled(stages.Reinforce):
 
     def _score(self, examples: Any, rollout: Any, probes: Any) -> Scored:
         scored = super()._score(examples, rollout, probes)
-        rng = np.random.default_rng(np.asarray(rollout.tokens)[:, -1].sum())
-        groups = np.asarray(scored.rollout.reward).reshape(-1, self.recipe.loop.num_generations)
+        rng = np.random.default_rng(scored.host.tokens[:, -1].sum())
+        groups = scored.parts["reward"].reshape(-1, self.recipe.loop.num_generations)
         mixed = rng.permuted(groups, axis=1).reshape(-1)
-        changed = [
-            p and p._replace(reward=self._put(rng.permuted(np.asarray(p.reward), axis=2)))
-            for p in scored.probes
-        ]
-        return scored._replace(
-            rollout=scored.rollout._replace(reward=self._put(mixed)), probes=tuple(changed)
-        )
+        steps = [r if r is None else rng.permuted(r, axis=2) for r in scored.step_rewards]
+        return scored._replace(parts=scored.parts | {"reward": mixed}, step_rewards=tuple(steps))
 
 
 class Coin(stages.Reinforce):
@@ -66,14 +61,14 @@ class Coin(stages.Reinforce):
 
     def _score(self, examples: Any, rollout: Any, probes: Any) -> Scored:
         scored = super()._score(examples, rollout, probes)
-        rng = np.random.default_rng(np.asarray(rollout.tokens).sum())
+        rng = np.random.default_rng(scored.host.tokens.sum())
 
         def flips(like: Any) -> Any:
-            return self._put(rng.integers(0, 2, np.shape(like)).astype(np.float32))
+            return rng.integers(0, 2, np.shape(like)).astype(np.float32)
 
-        changed = [p and p._replace(reward=flips(p.reward)) for p in scored.probes]
-        blind = scored.rollout._replace(reward=flips(scored.rollout.reward))
-        return scored._replace(rollout=blind, probes=tuple(changed))
+        steps = [r if r is None else flips(r) for r in scored.step_rewards]
+        blind = scored.parts | {"reward": flips(scored.parts["reward"])}
+        return scored._replace(parts=blind, step_rewards=tuple(steps))
 
 
 def workdir(name: str, seed: int) -> Path:

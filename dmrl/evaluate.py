@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from numpy.typing import NDArray
 
-from dmrl import data, tokenizer
+from dmrl import data, parallel, scoring, tokenizer
 from dmrl.diffusion.sampler import Sampling
 from dmrl.tasks import Task
 from dmrl.types import Rollout
@@ -17,7 +18,8 @@ class Decoded(NamedTuple):
 
     rollout: Rollout
     texts: list[str]
-    scores: list[dict[str, float]]
+    scores: dict[str, NDArray[np.floating[Any]]]
+    """The task's metrics by name, each [B]."""
 
 
 def setting_name(sampling: Sampling) -> str:
@@ -44,28 +46,20 @@ def decode(
     for index, real in data.in_order(len(prompts.examples), batch):
         rows = tuple(x[index] for x in prompts[1:])
         rollout, _ = programs.rollout(trainable, frozen, rows, int(index[0]), key)
-        rollout = jax.device_get(rollout._replace(reward=None))
+        rollout = parallel.gather(rollout)
         parts.append(jax.tree.map(lambda x, n=real: x[:n], rollout))
-    joined: Rollout = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    joined: Any = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
     cfg = programs.model
     texts = tokenizer.decode(tok, np.asarray(joined.tokens), cfg.mask_token_id, cfg.eos_token_id)
-    scores = [task.score(e, t) for e, t in zip(prompts.examples, texts, strict=True)]
+    scores = scoring.rewards(task, tok, cfg, prompts.examples, joined.tokens)
     return Decoded(joined, texts, scores)
 
 
 def metrics(decoded: Decoded) -> Iterator[tuple[str, float]]:
     """Mean of each score, and the mean completion length."""
-    for name in decoded.scores[0]:
-        yield name, float(np.mean([s[name] for s in decoded.scores]))
+    for name, values in decoded.scores.items():
+        yield name, float(np.mean(values))
     yield "mean_length", float(np.mean(np.asarray(decoded.rollout.length)))
-
-
-def interval(successes: float, count: int) -> tuple[float, float]:
-    """95% Wilson interval of a rate, as fractions."""
-    z, rate = 1.959964, successes / count
-    centre = (rate + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * np.sqrt(rate * (1 - rate) / count + z * z / (4 * count**2))
-    return float(centre - half), float(centre + half)
 
 
 def trajectories(
@@ -91,7 +85,8 @@ def trajectories(
         tokens = [str(tok.decode([t], skip_special_tokens=True)) for t in rollout.tokens[i][shown]]
         reveal = rollout.reveal_step[i][shown].tolist()
         wanted: list[str | None] = [None] * len(shown)
-        solved = decoded.scores[i].get("solved") == 1.0
+        scores = {name: float(values[i]) for name, values in decoded.scores.items()}
+        solved = scores.get("solved") == 1.0
         if solved:
             wanted = list(tokens)
         elif template is not None and answer is not None and not split.endswith("_multi"):
@@ -107,8 +102,8 @@ def trajectories(
             "log_prob": np.round(rollout.log_prob[i][shown], 4).tolist(),
             "entropy": np.round(rollout.entropy[i][shown], 4).tolist(),
             "steps": setting.steps,
-            "reward": decoded.scores[i]["reward"],
-            "metrics": decoded.scores[i],
+            "reward": scores["reward"],
+            "metrics": scores,
             "correct": [
                 None if step < 0 or want is None else token == want
                 for step, token, want in zip(reveal, tokens, wanted, strict=True)

@@ -4,6 +4,7 @@ One table maps parameter paths to layouts; it serves weights, adapters and optim
 alike. Programs are ordinary `jax.jit` over `NamedSharding`s, on one device as on a pod.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -109,6 +110,36 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The same everywhere."""
     return NamedSharding(mesh, P())
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """Host arrays, the same in every process, as arrays of the mesh: each device gets its part."""
+
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def one(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree)
+
+
+def gather(tree: Any) -> Any:
+    """Whole arrays on the host of every process, whatever device of whatever process held them."""
+    apart = [x for x in jax.tree.leaves(tree) if not _is_here(x)]
+    if apart:
+        together = iter(_replicate(apart[0].sharding.mesh)(apart))
+        tree = jax.tree.map(lambda x: x if _is_here(x) else next(together), tree)
+    return jax.tree.map(np.asarray, tree)
+
+
+def _is_here(x: Any) -> bool:
+    return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+
+
+@functools.cache
+def _replicate(mesh: Mesh) -> Any:
+    return jax.jit(lambda arrays: arrays, out_shardings=replicated(mesh))
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:

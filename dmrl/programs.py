@@ -108,14 +108,21 @@ class Programs:
 
     def init_state(self, trainable: Any) -> TrainState:
         """Step 0, laid out over the mesh."""
-        state = TrainState(
-            jnp.zeros((), jnp.int32),
-            trainable,
-            self.optimizer.init(trainable),
-            _copy(trainable) if self.phases else None,
-            _copy(trainable) if self.ema else None,
-        )
-        return jax.device_put(state, parallel.shardings(self.mesh, state))
+        trainable = jax.device_put(trainable, parallel.shardings(self.mesh, trainable))
+
+        def others(trainable):
+            return TrainState(
+                jnp.zeros((), jnp.int32),
+                None,
+                self.optimizer.init(trainable),
+                _copy(trainable) if self.phases else None,
+                _copy(trainable) if self.ema else None,
+            )
+
+        layout = parallel.shardings(self.mesh, jax.eval_shape(others, trainable))
+        with jax.set_mesh(self.mesh):
+            state = jax.jit(others, out_shardings=layout)(trainable)
+        return state._replace(trainable=trainable)
 
     def next_phase(self, state: TrainState) -> TrainState:
         """The policy's average (or the policy) becomes both policy and teacher; Adam restarts."""
@@ -130,7 +137,7 @@ class Programs:
         `prompts` is (prompt [n,P], prompt_valid [n,P], template [n,L]). Rows are numbered from
         `first_row`: noise follows the number, so chunks of a batch equal the whole.
         """
-        prompts = jax.device_put(prompts, parallel.replicated(self.mesh))
+        prompts = parallel.put(prompts, parallel.replicated(self.mesh))
         frozen = frozen if self.model.lora_rank else None  # no part of this policy
         with jax.set_mesh(self.mesh):
             return self._rollout(behaviour, frozen, prompts, jnp.int32(first_row), key)
@@ -143,7 +150,7 @@ class Programs:
         `hints` [B,L] holds a token where one is injected and MASK elsewhere. Only masked
         positions of the template can be hinted; they come back with `reveal_step` HINT.
         """
-        hints = jax.device_put(hints, parallel.batch_sharding(self.mesh))
+        hints = parallel.put(hints, parallel.batch_sharding(self.mesh))
         frozen = frozen if self.model.lora_rank else None
         with jax.set_mesh(self.mesh):
             return self._inpaint(behaviour, frozen, rollout, hints, key)
@@ -189,9 +196,8 @@ class Programs:
             )
             row = first_row + jnp.arange(prompt.shape[0], dtype=jnp.int32)
             draw_key, probe_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-            done = sampler.sample(
-                denoiser, prompt, valid, template, row, row // size, draw_key, sampling, drafts
-            )
+            context = (prompt, valid, template, row, row // size)
+            done = sampler.sample(denoiser, *context, draw_key, sampling, drafts, size)
             probes = [self._probe(denoiser, done, term, probe_key) for term in self.terms]
             return done, tuple(probes)
 

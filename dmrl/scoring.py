@@ -1,78 +1,98 @@
-"""Rewards of rollouts and probes on the host, and what they say about a step."""
+"""Rewards of rollouts and probes on the host, and what they say about a step.
+
+Each process scores its share of the texts; every process gets all rewards.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from numpy.typing import NDArray
 
-from dmrl import tokenizer
+from dmrl import models, parallel, processes, tokenizer
 from dmrl.recipe import Recipe
+from dmrl.tasks import Task
 from dmrl.types import HINT, Probe, Rollout
 
-Put = Callable[[np.ndarray], jax.Array]
-"""Lays rows out over the devices."""
+Floats = NDArray[np.floating[Any]]
 
 
 class Scored(NamedTuple):
-    """A chunk of a rollout with its rewards, and what the host read in it."""
+    """A chunk of a rollout with its rewards."""
 
     rollout: Rollout
     probes: tuple[Probe | None, ...]
-    parts: list[dict[str, float]]
-    texts: list[str]
+    """Both on the devices, still without rewards: see `rewarded`."""
+    host: Any
+    """The rollout in numpy arrays, without states and drafts."""
+    parts: dict[str, Floats]
+    """The task's metrics by name, each [B], 'reward' among them."""
+    step_rewards: tuple[Floats | None, ...]
+    """Rewards of each term's fillings [B,K,Z]."""
     examples: Sequence[Any]
     calls: int
     """Texts that were scored: completions, fillings, and completions sampled again."""
 
 
+def rewards(
+    task: Task, tok: Any, model: models.Config, examples: Sequence[Any], tokens: NDArray[np.int32]
+) -> dict[str, Floats]:
+    """The task's metrics of completions [B,L], each [B], float64."""
+    names: list[str] = []
+
+    def work(rows: NDArray[np.int64]) -> Floats:
+        texts = tokenizer.decode(tok, tokens[rows], model.mask_token_id, model.eos_token_id)
+        found = [task.score(examples[i], text) for i, text in zip(rows, texts, strict=True)]
+        names[:] = found[0]
+        return np.array([[parts[name] for name in names] for parts in found], np.float64)
+
+    table = processes.shared_rows(len(tokens), work)
+    return dict(zip(names, table.T, strict=True))
+
+
 def score(
-    recipe: Recipe,
-    put: Put,
-    examples: Sequence[Any],
-    rollout: Rollout,
-    probes: Sequence[Probe | None],
+    recipe: Recipe, examples: Sequence[Any], rollout: Rollout, probes: Sequence[Probe | None]
 ) -> Scored:
-    """Terminal rewards of the completions and of every probe filling, in one trip."""
-    parts, texts = _rewards(recipe, examples, np.asarray(rollout.tokens))
-    calls = len(parts)
-    reward = np.array([p["reward"] for p in parts], np.float32)
-    filled = []
-    for probe in probes:
-        if probe is not None:
-            fills = np.asarray(probe.fills)
-            copies = fills.shape[1] * fills.shape[2]
-            repeated = [e for e in examples for _ in range(copies)]
-            found, _ = _rewards(recipe, repeated, fills.reshape(-1, fills.shape[-1]))
-            rewards = np.array([p["reward"] for p in found], np.float32)
-            calls += len(found)
-            probe = probe._replace(reward=put(rewards.reshape(fills.shape[:3])))
-        filled.append(probe)
-    rollout = rollout._replace(reward=put(reward))
-    return Scored(rollout, tuple(filled), parts, texts, examples, calls)
+    """Terminal rewards of the completions and of every probe filling."""
+    host = parallel.gather(rollout._replace(states=None, drafts=None))
+
+    def scored(examples: Sequence[Any], tokens: NDArray[np.int32]) -> dict[str, Floats]:
+        return rewards(recipe.task, recipe.tokenizer, recipe.model, examples, tokens)
+
+    def step_rewards(probe: Probe) -> Floats:
+        fills = parallel.gather(probe.fills)
+        copies = fills.shape[1] * fills.shape[2]
+        repeated = [e for e in examples for _ in range(copies)]
+        found = scored(repeated, fills.reshape(-1, fills.shape[-1]))["reward"]
+        return found.astype(np.float32).reshape(fills.shape[:3])
+
+    parts = scored(examples, host.tokens)
+    steps = tuple(None if probe is None else step_rewards(probe) for probe in probes)
+    calls = len(host.tokens) + sum(r.size for r in steps if r is not None)
+    return Scored(rollout, tuple(probes), host, parts, steps, examples, calls)
 
 
-def _rewards(
-    recipe: Recipe, examples: Sequence[Any], tokens: np.ndarray
-) -> tuple[list[dict[str, float]], list[str]]:
-    model = recipe.model
-    texts = tokenizer.decode(recipe.tokenizer, tokens, model.mask_token_id, model.eos_token_id)
-    return [recipe.task.score(e, t) for e, t in zip(examples, texts, strict=True)], texts
+def rewarded(
+    scored: Scored, put: Callable[[Floats], jax.Array]
+) -> tuple[Rollout, tuple[Probe | None, ...]]:
+    """The rollout and its probes with their rewards, which `put` lays out over the devices."""
+    probes = tuple(
+        None if probe is None or reward is None else probe._replace(reward=put(reward))
+        for probe, reward in zip(scored.probes, scored.step_rewards, strict=True)
+    )
+    reward = scored.parts["reward"].astype(np.float32)
+    return scored.rollout._replace(reward=put(reward)), probes
 
 
 def statistics(recipe: Recipe, scored: Sequence[Scored]) -> dict[str, float]:
     """What a step's rollout showed, under TRL's names."""
-    rollout = jax.tree.map(
-        lambda *xs: np.concatenate([np.asarray(x) for x in xs]), *(s.rollout for s in scored)
-    )
-    parts = [p for s in scored for p in s.parts]
+    rollout = jax.tree.map(lambda *xs: np.concatenate(xs), *(s.host for s in scored))
+    parts = {name: np.concatenate([s.parts[name] for s in scored]) for name in scored[0].parts}
+    reward = parts.pop("reward").astype(np.float32)
     sampled = rollout.reveal_step >= 0
-    values = {
-        f"rewards/{name}/mean": float(np.mean([p[name] for p in parts]))
-        for name in parts[0]
-        if name != "reward"
-    }
-    values |= _spread("", rollout.reward.reshape(-1, recipe.loop.num_generations)) | {
+    values = {f"rewards/{name}/mean": float(np.mean(values)) for name, values in parts.items()}
+    values |= _spread("", reward.reshape(-1, recipe.loop.num_generations)) | {
         "entropy": float(np.mean(rollout.entropy[sampled])) if sampled.any() else 0.0,
         "completions/mean_length": float(np.mean(rollout.length)),
         "num_tokens": float(np.sum(sampled)),
@@ -81,15 +101,14 @@ def statistics(recipe: Recipe, scored: Sequence[Scored]) -> dict[str, float]:
     if recipe.rescue.fraction:
         values["rescued"] = float(np.mean(np.any(rollout.reveal_step == HINT, axis=1)))
     for i, term in enumerate(recipe.terms):
-        found = [s.probes[i] for s in scored]
-        rewards = [np.asarray(p.reward) for p in found if p is not None]
-        if rewards:
-            siblings = np.concatenate(rewards).reshape(-1, rewards[0].shape[-1])
+        steps = [r for s in scored if (r := s.step_rewards[i]) is not None]
+        if steps:
+            siblings = np.concatenate(steps).reshape(-1, steps[0].shape[-1])
             values |= _spread(f"{term.name}/step_", siblings)
     return values
 
 
-def _spread(prefix: str, groups: np.ndarray) -> dict[str, float]:
+def _spread(prefix: str, groups: Floats) -> dict[str, float]:
     """Mean reward, mean within-group std, and the share of groups without a signal.
 
     The mean alone where a group is one filling.

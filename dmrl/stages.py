@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmrl import data, evaluate, models, optim, parallel, rescue, scoring
+from dmrl import data, evaluate, models, optim, parallel, rescue, scoring, tokenizer
 from dmrl.held import Evaluated, Held
 from dmrl.programs import Programs, TrainState, make_term, needs
 from dmrl.recipe import Loop, Recipe
@@ -75,7 +75,7 @@ class WarmStart:
         """One supervised update."""
         del number
         start = time.perf_counter()
-        example = jax.device_put(self._example(index), parallel.batch_sharding(self.programs.mesh))
+        example = parallel.put(self._example(index), parallel.batch_sharding(self.programs.mesh))
         state, metrics = self.programs.update(state, self.held.frozen, [example], [(None,)], key)
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         seconds = time.perf_counter() - start
@@ -85,18 +85,19 @@ class WarmStart:
         """Targets as a finished rollout, so that the loss sees what it always sees."""
         template = self.train.template[index]
         free = template == self.recipe.model.mask_token_id
-        zeros, rows = jnp.zeros(template.shape), jnp.arange(len(index), dtype=jnp.int32)
-        return Rollout(
-            prompt=jnp.asarray(self.train.prompt[index]),
-            prompt_valid=jnp.asarray(self.train.prompt_valid[index]),
-            tokens=jnp.asarray(self.targets[index]),
-            reveal_step=jnp.where(free, 0, TEMPLATE).astype(jnp.int32),
-            log_prob=zeros,
-            entropy=zeros,
-            row=rows,
-            group=rows,
-            length=jnp.full(len(index), template.shape[1], jnp.int32),
-        )
+        zeros, rows = np.zeros(template.shape, np.float32), np.arange(len(index), dtype=np.int32)
+        fields: dict[str, Any] = {
+            "prompt": self.train.prompt[index],
+            "prompt_valid": self.train.prompt_valid[index],
+            "tokens": self.targets[index],
+            "reveal_step": np.where(free, 0, TEMPLATE).astype(np.int32),
+            "log_prob": zeros,
+            "entropy": zeros,
+            "row": rows,
+            "group": rows,
+            "length": np.full(len(index), template.shape[1], np.int32),
+        }
+        return Rollout(**fields)
 
     def evaluate(self, state: TrainState, number: int) -> Evaluated | None:
         """Validation every so often; done when the solve rate reaches the target."""
@@ -202,8 +203,9 @@ class Reinforce:
             scored.append(found)
             rewarding += time.perf_counter() - clock
         before_update = time.perf_counter()
+        ready = [scoring.rewarded(s, self._put) for s in scored]
         state, metrics = self.programs.update(
-            state, self.held.frozen, [s.rollout for s in scored], [s.probes for s in scored], key
+            state, self.held.frozen, [r for r, _ in ready], [p for _, p in ready], key
         )
         values = scoring.statistics(self.recipe, scored)  # on the host, while the device updates
         values |= {k: float(v) for k, v in jax.device_get(metrics).items()}
@@ -241,7 +243,7 @@ class Reinforce:
     def _score(
         self, examples: Sequence[Any], rollout: Rollout, probes: Sequence[Probe | None]
     ) -> Scored:
-        return scoring.score(self.recipe, self._put, examples, rollout, probes)
+        return scoring.score(self.recipe, examples, rollout, probes)
 
     def _rescue(
         self,
@@ -252,51 +254,52 @@ class Reinforce:
         key: jax.Array,
     ) -> Scored:
         """Samples all-wrong groups again around hints; right ones take the place of wrong ones."""
-        rule, rollout = self.recipe.rescue, scored.rollout
-        reward, group = np.asarray(rollout.reward), np.asarray(rollout.group)
-        wrong = rule.all_wrong(reward, group)
+        rule, reward, host = self.recipe.rescue, scored.parts["reward"], scored.host
+        wrong = rule.all_wrong(reward, host.group)
         if not wrong.any():
             return scored
-        row, seed = np.asarray(rollout.row), self.recipe.seed
-        hints = rule.hints(traces, wrong, row, seed, number, self.recipe.model.mask_token_id)
+        mask_id = self.recipe.model.mask_token_id
+        hints = rule.hints(traces, wrong, host.row, self.recipe.seed, number, mask_id)
         again = self.programs.inpaint(
-            behaviour, self.held.frozen, rollout, hints, jax.random.fold_in(key, 4)
+            behaviour, self.held.frozen, scored.rollout, hints, jax.random.fold_in(key, 4)
         )
         hinted = self._score(scored.examples, again, scored.probes)
-        taken = rule.replaced(reward, np.asarray(hinted.rollout.reward), group)
+        taken = rule.replaced(reward, hinted.parts["reward"], host.group)
+        on_devices = self._put(taken)
 
-        def choose(new: jax.Array, old: jax.Array) -> jax.Array:
-            here = np.asarray(new), np.asarray(old)
-            return self._put(np.where(taken.reshape(-1, *[1] * (new.ndim - 1)), *here))
+        def choose(new: Any, old: Any) -> Any:
+            on_host = isinstance(new, np.ndarray)
+            rows = (taken if on_host else on_devices).reshape(-1, *[1] * (new.ndim - 1))
+            return (np if on_host else jnp).where(rows, new, old)
 
         return scored._replace(
+            rollout=jax.tree.map(choose, hinted.rollout, scored.rollout),
+            host=jax.tree.map(choose, hinted.host, host),
+            parts=jax.tree.map(choose, hinted.parts, scored.parts),
             calls=scored.calls + hinted.calls,
-            rollout=jax.tree.map(choose, hinted.rollout, rollout),
-            parts=[
-                a if t else b for t, a, b in zip(taken, hinted.parts, scored.parts, strict=True)
-            ],
-            texts=[
-                a if t else b for t, a, b in zip(taken, hinted.texts, scored.texts, strict=True)
-            ],
         )
 
     def _put(self, x: np.ndarray) -> jax.Array:
-        return jax.device_put(x, parallel.batch_sharding(self.programs.mesh))
+        return parallel.put(x, parallel.batch_sharding(self.programs.mesh))
 
     def _completions(self, number: int, scored: Sequence[Scored]) -> list[dict[str, Any]]:
         every = self.recipe.loop.completions_every
         if not every or (number + 1) % every:
             return []
+        r = self.recipe
+        ids = r.model.mask_token_id, r.model.eos_token_id
         return [
             {
                 "step": number + 1,
-                "prompt": self.recipe.task.prompt(example),
-                "template": self.recipe.task.template(example),
+                "prompt": r.task.prompt(example),
+                "template": r.task.template(example),
                 "completion": text,
-                **parts,
+                **{name: float(values[i]) for name, values in s.parts.items()},
             }
             for s in scored
-            for example, text, parts in zip(s.examples, s.texts, s.parts, strict=True)
+            for i, (example, text) in enumerate(
+                zip(s.examples, tokenizer.decode(r.tokenizer, s.host.tokens, *ids), strict=True)
+            )
         ]
 
 

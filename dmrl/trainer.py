@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmrl import models, parallel, report, stages
+from dmrl import models, parallel, processes, report, stages
 from dmrl.checkpoint import Checkpoints
 from dmrl.console import Console
 from dmrl.held import Held
@@ -44,8 +45,11 @@ def describe(workdir: Path, config: Mapping[str, Any]) -> None:
     """
     path = workdir / "config.json"
     config = json.loads(json.dumps(config))
+    processes.check_same("config", json.dumps(config))
     if path.exists():
         _refuse_other(path, json.loads(path.read_text())["config"], config)
+    if not processes.is_writer():
+        return
     device = jax.devices()[0]
     text = json.dumps(
         {
@@ -142,7 +146,8 @@ def train(
     # What the user can get wrong has been checked: now the workdir may be claimed.
     workdir.mkdir(parents=True, exist_ok=True)
     describe(workdir, config)
-    with _terminated() as stopping:
+    with _terminated() as terminated:
+        stopping = functools.partial(_any_terminated, terminated)
         trainable, held.frozen = initial_weights(recipe, mesh)
         loop = Loop(recipe, workdir, stopping)
         if warm:
@@ -150,11 +155,12 @@ def train(
         if not recipe.model.lora_rank and "reference" in needs(recipe.terms):
             held.frozen = frozen_copy(recipe.model, trainable["params"])
         trained = loop.run(reinforce, trainable).trainable
+    collection = "lora" if recipe.model.lora_rank else "params"
+    what = (recipe.model, trained[collection], collection)
     if loop.writer:
-        collection = "lora" if recipe.model.lora_rank else "params"
-        weights.save_weights(
-            workdir / "weights", recipe.model, trained[collection], collection, force=True
-        )
+        weights.save_weights(workdir / "weights", *what, force=True, fetch=parallel.gather)
+    else:
+        weights.fetch_all(*what, fetch=parallel.gather)
     return loop.final
 
 
@@ -163,7 +169,7 @@ class Loop:
 
     def __init__(self, recipe: Recipe, workdir: Path, stopping: Callable[[], bool]) -> None:
         self.recipe, self.workdir, self.stopping = recipe, workdir, stopping
-        self.writer = jax.process_index() == 0
+        self.writer = processes.is_writer()
         self.metrics = Metrics(workdir, recipe.metrics, workdir.name, self.writer)
         self.lines = {name: Lines(workdir / name, self.writer) for name in FILES}
         self.console = Console(active=self.writer)
@@ -286,6 +292,11 @@ def _check_finite(stage: str, step: int, values: Mapping[str, float]) -> None:
     for name in ("loss", "grad_norm"):
         if not math.isfinite(values[name]):
             raise NotFiniteError(f"{stage} step {step}: {name} is {values[name]}")
+
+
+def _any_terminated(terminated: Callable[[], bool]) -> bool:
+    """The same answer in all processes, so that all stop after the same step."""
+    return processes.any_of(terminated())
 
 
 @contextlib.contextmanager

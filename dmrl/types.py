@@ -44,6 +44,9 @@ class Denoiser(NamedTuple):
     eos_id: int
     heads: Mapping[str, Callable[..., Array]] = MappingProxyType({})
     """Further outputs with parameters of their own, by name (see `dmrl.models.heads`)."""
+    window: Callable[..., Float[Array, "batch width d"]] | None = None
+    """(tokens, valid, start, width) -> hidden of positions start .. start + width [B,W,D], what
+    `encode` gives there for less work and not for differentiation; None: there is no such way."""
 
 
 class Models(NamedTuple):

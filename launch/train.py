@@ -26,12 +26,15 @@ def main(argv: list[str]) -> None:
     """Builds the recipe, then calls the trainer."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: options start with --config.")
-    from dmrl import console, parallel, recipe, trainer
+    import jax
+
+    from dmrl import console, parallel, processes, recipe, trainer
     from dmrl.checkpoint import CheckpointError
 
     logging.getLogger("jax").setLevel(logging.WARNING)
     config = CONFIG.value.to_dict()
     try:
+        processes.join()
         made = recipe.build(config)
         if config["dry_run"]:
             from dmrl import cost
@@ -40,14 +43,35 @@ def main(argv: list[str]) -> None:
             print(cost.dry_run(made))
             print(f"mesh here         {dict(parallel.make_mesh(**made.mesh).shape)}")
             return
-        workdir = Path(WORKDIR.value or default_workdir())
-        print(f"workdir {workdir}", flush=True)
+        workdir = local_folder(WORKDIR.value) if WORKDIR.value else default_workdir()
+        if processes.is_writer():
+            print(f"workdir {workdir}", flush=True)
         trainer.train(made, workdir, config)
     except (ValueError, OSError, trainer.NotFiniteError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
+        processes.stop(f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason, _, _ = str(error).partition("\n")
+        processes.stop(f"error: {reason}")
+    if not processes.is_writer():
+        return
     rows = [r for r in trainer.before_after(workdir) if r[0].endswith(("/solved", "/cells"))]
     console.Console().table("Held-out, before and after stage 2", rows)
     print(f"report {workdir / 'report.html'}")
+
+
+def local_folder(name: str) -> Path:
+    """A workdir that was asked for.
+
+    Raises ValueError for the address of an object store: files there cannot be appended to.
+    """
+    if "://" in name:
+        raise ValueError(
+            f"--workdir={name}: give a folder that all processes see (NFS, Filestore, or a bucket "
+            "mounted with gcsfuse; docs/pods.md)"
+        )
+    return Path(name)
 
 
 def default_workdir() -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -62,10 +63,14 @@ def _dotted(overrides):
     return {key.replace("__", "."): value for key, value in overrides.items()}
 
 
-def start(*args, cache=None, recipe=RECIPE, path=()):
-    """launch/train.py in a process of its own, with a compilation cache if asked."""
+def start(*args, cache=None, recipe=RECIPE, path=(), more=None):
+    """launch/train.py in a process of its own, with a compilation cache if asked.
+
+    `more`: further variables of its environment.
+    """
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(map(str, path))}
     env.pop("XLA_FLAGS", None)
+    env |= more or {}
     if cache:
         env |= {
             "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -80,6 +85,25 @@ def start(*args, cache=None, recipe=RECIPE, path=()):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def start_together(count, *args, cache=None, own=()):
+    """`count` processes of one run. They compile without optimising: several share a core.
+
+    `own`: for some of the processes, the first ones, a further argument.
+    """
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    shared = {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    return [
+        start(*args, *own[i : i + 1], cache=cache, more=shared | {"JAX_PROCESS_ID": str(i)})
+        for i in range(count)
+    ]
 
 
 def finish(process, code=0):

@@ -26,14 +26,18 @@ RULES = {
     "dmrl.diffusion": Doors(NUMERIC, {"dmrl.types"}),
     "dmrl.algorithms": Doors({"jax", "jaxtyping"}, {"dmrl.types", "dmrl.diffusion"}),
     "dmrl.models": Doors(NUMERIC | {"flax", "tensorstore"}, {"dmrl.types"}),
-    "dmrl.tasks": Doors({"numpy", "math_verify"}, set()),
+    "dmrl.tasks": Doors({"numpy", "math_verify"}, {"dmrl.sandbox"}),
+    "dmrl.sandbox": Doors(set(), set()),
+    "dmrl.confined": Doors(set(), set()),
     "dmrl.tokenizer": Doors({"numpy", "tokenizers", "transformers"}, {"dmrl.tasks"}),
     "dmrl.data": Doors(
         {"numpy", "grain", "datasets", "tensorflow_datasets"}, {"dmrl.tasks", "dmrl.tokenizer"}
     ),
+    "dmrl.protocol": Doors({"numpy"}, {"dmrl.tasks"}),
     "dmrl.report": Doors({"numpy"}, set()),
     "dmrl.cost": Doors({"numpy"}, set()),
     "dmrl.parallel": Doors(NUMERIC, set()),
+    "dmrl.processes": Doors(NUMERIC, set()),
     "dmrl.rescue": Doors({"numpy"}, set()),
     "dmrl.checkpoint": Doors(NUMERIC | {"orbax"}, set()),
     "dmrl.optim": Doors(NUMERIC | {"optax"}, set()),
@@ -43,7 +47,7 @@ RULES = {
         NUMERIC,
         {
             f"dmrl.{room}"
-            for room in ("types", "diffusion", "tasks", "tokenizer", "data", "parallel")
+            for room in ("types", "diffusion", "tasks", "tokenizer", "data", "parallel", "scoring")
         },
     ),
     "dmrl.slices": Doors({"jax", "libtpu"}, set()),

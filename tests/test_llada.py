@@ -194,6 +194,35 @@ def test_bfloat16_compute_on_float32_parameters(variables):
     np.testing.assert_allclose(hidden.astype(jnp.float32), want, rtol=0, atol=0.2)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def encode_window(cfg, variables, tokens, valid, start, width):
+    return bind(cfg, variables).window(tokens, valid, start, width)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])  # layers unrolled, layers in a loop
+@pytest.mark.parametrize("start", [0, 5, 8])
+def test_a_window_equals_its_part_of_the_whole(fresh, remat, start):
+    cfg = dataclasses.replace(LORA, remat=remat)
+    trained = {**fresh, "lora": random_lora(fresh)}
+    tokens, valid = sample()
+    valid = valid.at[0, :3].set(False)
+    want = encode(cfg, trained, tokens, valid)[:, start : start + 4]
+    got = encode_window(cfg, trained, tokens, valid, start, 4)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_a_window_spares_the_last_layer_the_other_positions(variables):
+    def flops(positions):
+        args = (dataclasses.replace(TINY, n_layers=1), first, *sample(), 0, positions)
+        return encode_window.lower(*args).compile().cost_analysis()["flops"]
+
+    blocks = jax.tree.map(lambda x: x[:1], variables["params"]["blocks"])
+    first = {"params": {**variables["params"], "blocks": blocks}}
+    per_token = 2 * (2 * 32 * 32 + 3 * 32 * 48)  # queries, attention's output, SwiGLU
+    saved = 3 * 8 * per_token  # of 3 rows, 8 of 12 positions
+    assert flops(12) - flops(4) > saved
+
+
 @pytest.fixture(scope="module")
 def fresh():
     return init(LORA, jax.random.key(0))

@@ -18,12 +18,23 @@ from dmrl.diffusion import exact
 from dmrl.diffusion.order import select_top
 from dmrl.diffusion.probe import state_at, steps_taken
 from dmrl.diffusion.sampler import Sampling, entropy_of, guided, sample, tempered
-from dmrl.types import TEMPLATE, Denoiser
+from dmrl.types import TEMPLATE
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
-def draw(denoiser, prompt, template, config, rows=1, key=0, valid=None, row=None, drafts=False):
+def draw(
+    denoiser,
+    prompt,
+    template,
+    config,
+    rows=1,
+    key=0,
+    valid=None,
+    row=None,
+    drafts=False,
+    group_size=1,
+):
     """Completions of one prompt [P] and template [L], `rows` times, or of a batch [B,...]."""
     if prompt.ndim == 1:
         prompt = jnp.broadcast_to(prompt, (rows, *prompt.shape))
@@ -32,12 +43,13 @@ def draw(denoiser, prompt, template, config, rows=1, key=0, valid=None, row=None
     row = jnp.arange(prompt.shape[0]) if row is None else row
     valid = jnp.ones(prompt.shape, bool) if valid is None else valid
     args = (prompt, valid, template, row, jnp.zeros_like(row), jax.random.key(key))
-    return compiled(denoiser[:5], *args, config=config, drafts=drafts)
+    hashable = denoiser._replace(heads=None)  # a mapping has no hash
+    return compiled(hashable, *args, config=config, drafts=drafts, group_size=group_size)
 
 
-@functools.partial(jax.jit, static_argnames=("functions", "config", "drafts"))
-def compiled(functions, *args, config, drafts):  # a Denoiser's mapping of heads has no hash
-    return sample(Denoiser(*functions), *args, config, drafts)
+@functools.partial(jax.jit, static_argnames=("denoiser", "config", "drafts", "group_size"))
+def compiled(denoiser, *args, config, drafts, group_size):
+    return sample(denoiser, *args, config, drafts, group_size)
 
 
 def outcomes(rollout):
@@ -268,6 +280,47 @@ def test_steps_after_the_last_reveal_cost_no_forward():
     draw(watched(bind(params), seen), prompt, template, Sampling(4, 4, 2, 1.0), rows=3)
     jax.effects_barrier()
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_the_first_step_of_a_group_is_one_forward(drafts):
+    params, prompt, bind = tiny.perceptron(6)
+    prompts = jnp.stack([prompt, prompt[::-1]]).repeat(3, axis=0)
+    template = jnp.array([[tiny.MASK] * 6, [tiny.MASK, 1, *[tiny.MASK] * 4]]).repeat(3, axis=0)
+    config, seen = Sampling(6, 4, 3, 1.0), []
+    alone = draw(bind(params), prompts, template, config, drafts=drafts)
+    out = draw(watched(bind(params), seen), prompts, template, config, drafts=drafts, group_size=3)
+    jax.effects_barrier()
+    assert [tokens.shape[0] for tokens in seen] == [2, 6, 6, 6]
+    for name, value in alone._asdict().items():
+        if value is not None:
+            np.testing.assert_array_equal(getattr(out, name), value, err_msg=name)
+
+
+def test_a_group_that_does_not_divide_the_rows_is_refused():
+    params, prompt, bind = tiny.perceptron(4)
+    with pytest.raises(ValueError, match="group_size=2 does not divide the 3 rows"):
+        draw(bind(params), prompt, jnp.full((4,), tiny.MASK), Sampling(4, 4, 2), 3, group_size=2)
+
+
+@pytest.mark.parametrize("cfg_scale", [0.0, 0.8])
+def test_blocks_leave_the_last_layer_of_the_others_out(golden_dir, cfg_scale):
+    cfg, params = tiny.llada(golden_dir / "tiny_llada")
+    denoiser, seen = models.bind(cfg, {"params": params}), []
+
+    def window(tokens, valid, start, width):
+        jax.debug.callback(lambda s: seen.append((int(s), width)), start, ordered=True)
+        return denoiser.window(tokens, valid, start, width)
+
+    config = Sampling(8, 4, 4, 1.0, cfg_scale=cfg_scale)
+    args = (jnp.array([5, 6, 7]), jnp.full((8,), cfg.mask_token_id), config, 3)
+    out = draw(denoiser._replace(window=window), *args)
+    jax.effects_barrier()
+    assert seen == [(3, 4), (3, 4), (7, 4), (7, 4)]
+    whole = draw(denoiser._replace(window=None), *args)
+    np.testing.assert_array_equal(out.tokens, whole.tokens)
+    np.testing.assert_array_equal(out.reveal_step, whole.reveal_step)
+    np.testing.assert_allclose(out.log_prob, whole.log_prob, atol=1e-5)
 
 
 DRAFTED = {

@@ -12,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmrl import tasks
-from dmrl.tasks import arithmetic, countdown, options, sudoku
+from dmrl.tasks import arithmetic, countdown, gsm8k, math500, options, parsers, sudoku
 from dmrl.tasks.answers import last_answer
 
 SMALL = countdown.Example((30, 100, 93), 23)
 PUZZLE = sudoku.Example("4320004330100004", "4321124334122134")
+WORDS = gsm8k.Example("How many?", "18", "9 + 9 = 18")
+FORMULA = math500.Example("What is x?", r"\frac{14}{3}")
+FAMILIES = ("d1", "spg", "wd1", "eoser")
 
 
 @pytest.fixture
@@ -69,6 +72,80 @@ def test_golden_countdown_cases_without_a_value_are_wrong(golden_cases):
             assert task.score(example, case["completion"])["reward"] == 0.1, case
 
 
+GSM8K_PARTS = {
+    "xml": "xmlcount_reward_func",
+    "soft": "soft_format_reward_func",
+    "strict": "strict_format_reward_func",
+    "integer": "int_reward_func",
+    "correct": "correctness_reward_func",
+}
+MATH_PARTS = {
+    "format": "boxed_and_answer_tags_format_reward",
+    "correct": "correctness_reward_func_math",
+}
+
+
+def assert_parts(case, name, truth, parts):
+    """Every family's recorded parts of the reward; wd1's and EOSER's files are d1's."""
+    for family in FAMILIES:
+        task = tasks.load(name, protocol="spg" if family == "spg" else "d1")
+        score = task.score(task.recorded("", truth), case["completion"])
+        recorded = {part: case["rewards"][f"{family}.{f}"] for part, f in parts.items()}
+        assert {part: score[part] for part in parts} == recorded, (family, case)
+        assert score["reward"] == pytest.approx(sum(recorded.values()))
+
+
+def test_golden_gsm8k_rewards(golden_cases):
+    for case in golden_cases("gsm8k"):
+        assert_parts(case, "gsm8k", case["ground_truth"]["answer"], GSM8K_PARTS)
+
+
+def test_golden_math_rewards(golden_cases):
+    for case in golden_cases("math"):
+        assert_parts(case, "math500", case["ground_truth"]["parser_answer"], MATH_PARTS)
+
+
+@pytest.mark.parametrize("family", ["d1", "spg"])
+def test_golden_evaluation_parsers(golden_cases, family):
+    number = 0
+    for name, golden in (("gsm8k", "gsm8k"), ("math500", "math"), ("countdown", "countdown")):
+        style = {"style": "evaluation", "protocol": family}
+        task = tasks.load(name, **style)
+        for case in golden_cases(golden):
+            if case["parser"] is None:
+                continue
+            truth = case["ground_truth"]
+            if name == "countdown":
+                example = task.recorded("", (truth["numbers"], truth["target"]))
+                read = parsers.countdown(case["completion"])
+            else:
+                example = task.recorded("", truth.get("parser_answer", truth["answer"]))
+                read = {
+                    "gsm8k": lambda text: parsers.gsm8k(text, family),
+                    "math500": parsers.math,
+                }[name](case["completion"])
+            recorded = case["parser"][family]
+            extracted = recorded["extracted"]
+            if name == "gsm8k" and isinstance(extracted, str):
+                read = str(read)  # inf and nan
+            assert read == extracted, case
+            solved = task.score(example, case["completion"])["solved"]
+            assert solved == float(recorded["is_correct"]), case
+            number += 1
+    assert number > 200
+
+
+@pytest.mark.parametrize("family", ["d1", "spg"])
+def test_golden_sudoku_parsers(golden_cases, family):
+    task = tasks.load("sudoku", style="published", protocol=family)
+    for case in golden_cases("sudoku"):
+        score = task.score(sudoku.Example(**case["ground_truth"]), case["completion"])
+        recorded = case["parser"][family]
+        assert score["cells"] == recorded["accuracy"], case
+        filled = parsers.sudoku(case["completion"])
+        assert (filled[:16].ljust(16, "0") if filled else "") == recorded["extracted"], case
+
+
 @pytest.mark.parametrize("name", ["sudoku", "countdown"])
 def test_published_prompt_asks_for_the_format(name):
     task = tasks.load(name, style="published")
@@ -105,23 +182,48 @@ HOSTILE = {
     "zero": "30/(100-100)+93",
     "calls": "30(93)(100)" * 15,
     "code": "__import__('os').system('x')",
+    "boxes": "\\boxed{" * 140_000,
+    "boxes and a line": "\\boxed{" * 13_000 + "\n}",
+    "a boxed tower": "\\boxed{9^{9^{9^{9}}}}",
+    "a boxed power": "\\boxed{9**9**9**9}",
+    "a boxed factorial": "\\boxed{(((9!)!)!)!}",
+    "a deep box": "\\boxed{" + "\\frac{1}{" * 30_000,
+    "a root of roots": "\\boxed{" + "\\sqrt{2+" * 30 + "}" * 31,
+    "a sum": "\\boxed{\\sum_{n=1}^{99999999}\\frac{1}{n^2}}",
+    "a null in a box": "\\boxed{14\0/3}",
+    "a surrogate in a box": "\\boxed{\ud80014/3}",
+    "reasoning tags": "<reasoning>" + "</reasoning><answer>" * 50_000,
+    "broken reasoning": "<reasoning>\n" + "\n</reasoning>\n<answer>\n" * 40_000,
+    "equals": "=1" * 500_000,
+    "digits before equals": "1" * 500_000 + "=",
+    "fences": "<answer>" + "``` 1" * 200_000,
+    "fence of spaces": "<answer>```" + " " * 1_000_000,
+    "spaced digits": "1111111111111111 " * 60_000,
+    "markers": "<|eot_id|>" * 100_000,
+    "thousands": "<answer>" + "1,000" * 200_000,
+    "hashes": "#" * 1_000_000,
+    "text commands": "<answer>" + "\\text{" * 150_000,
 }
 
 
 @pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE.keys())
 @pytest.mark.parametrize("style", ["compact", "published"])
+@pytest.mark.parametrize("protocol", ["paper", "spg"])
 @pytest.mark.parametrize(
     ("name", "option", "example"),
     [
         ("sudoku", {"reward": "board"}, PUZZLE),
         ("sudoku", {"reward": "cells"}, PUZZLE),
-        ("countdown", {"protocol": "paper"}, SMALL),
-        ("countdown", {"protocol": "d1"}, SMALL),
+        ("countdown", {}, SMALL),
+        ("gsm8k", {}, WORDS),
+        ("math500", {}, FORMULA),
     ],
-    ids=["board", "cells", "paper", "d1"],
+    ids=["board", "cells", "countdown", "gsm8k", "math500"],
 )
-def test_hostile_answers_score_finitely_and_quickly(name, option, example, style, hostile):
-    task = tasks.load(name, style=style, **option)
+def test_hostile_answers_score_finitely_and_quickly(
+    name, option, example, style, protocol, hostile
+):
+    task = tasks.load(name, style=style, protocol=protocol, **option)
     keys = set(task.score(example, "1"))
     for completion in (hostile, f"<answer>{hostile}</answer>"):
         took = []
@@ -132,7 +234,8 @@ def test_hostile_answers_score_finitely_and_quickly(name, option, example, style
         assert min(took) < 0.05
         assert set(score) == keys
         assert all(type(v) is float and math.isfinite(v) for v in score.values())
-        assert score["reward"] <= 1.0
+        assert score["reward"] <= 1.0 + 3.0 * (name in ("gsm8k", "math500"))
+        assert score["solved"] == 0.0 or "30+93-100" in hostile
 
 
 EXPRESSIONS = st.text("0123456789+-*/(). \n", max_size=60)
@@ -148,8 +251,11 @@ def test_no_text_raises_or_warns(completion):
             for task, example in (
                 (sudoku.Task(style=style), PUZZLE),
                 (countdown.Task(style=style, protocol="d1"), SMALL),
+                (gsm8k.Task(style=style), WORDS),
+                (math500.Task(style=style), FORMULA),
             ):
-                assert 0.0 <= task.score(example, completion)["reward"] <= 1.0
+                assert 0.0 <= task.score(example, completion)["reward"] <= 4.0
+            assert gsm8k.Task(style=style, protocol="d1").score(WORDS, completion)["reward"] <= 4.0
 
 
 def test_scoring_survives_a_deep_stack():

@@ -5,6 +5,9 @@ result does not depend on the batch it is sampled in.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,21 +79,23 @@ def _shorten(values: list[int]) -> str:
 
 
 def guided(denoiser: Denoiser, scale: float, prompt_length: int) -> Denoiser:
-    """Classifier-free guidance around `encode`, combined in float32.
+    """Classifier-free guidance around `encode` and `window`, combined in float32.
 
     The head is linear, so combining hidden states combines logits.
     """
 
-    def encode(tokens: Int[Array, "b s"], valid: Bool[Array, "b s"]) -> jax.Array:
-        prompt = jnp.expand_dims(jnp.arange(tokens.shape[1]) < prompt_length, 0)
-        blind = jnp.where(prompt, denoiser.mask_id, tokens)
-        both = denoiser.encode(
-            jnp.concatenate([tokens, blind]), jnp.concatenate([valid, valid])
-        ).astype(jnp.float32)
-        cond, uncond = jnp.split(both, 2)
-        return uncond + (scale + 1) * (cond - uncond)
+    def around(read: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        def both(tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], *where: Any) -> jax.Array:
+            prompt = jnp.expand_dims(jnp.arange(tokens.shape[1]) < prompt_length, 0)
+            blind = jnp.where(prompt, denoiser.mask_id, tokens)
+            twice = (jnp.concatenate([tokens, blind]), jnp.concatenate([valid, valid]))
+            cond, uncond = jnp.split(read(*twice, *where).astype(jnp.float32), 2)
+            return uncond + (scale + 1) * (cond - uncond)
 
-    return denoiser._replace(encode=encode)
+        return both
+
+    window = denoiser.window and around(denoiser.window)
+    return denoiser._replace(encode=around(denoiser.encode), window=window)
 
 
 def tempered(denoiser: Denoiser, temperature: float) -> Denoiser:
@@ -104,7 +109,7 @@ def tempered(denoiser: Denoiser, temperature: float) -> Denoiser:
     def encode(tokens: Int[Array, "b s"], valid: Bool[Array, "b s"]) -> jax.Array:
         return denoiser.encode(tokens, valid) / temperature
 
-    return denoiser._replace(encode=encode)
+    return denoiser._replace(encode=encode, window=None)
 
 
 def sample(
@@ -117,21 +122,28 @@ def sample(
     key: PRNGKey,
     config: Sampling,
     drafts: bool = False,
+    group_size: int = 1,
 ) -> Rollout:
     """Fills every masked position of `template`; the others stay as they are.
 
-    Only the current block passes through the vocabulary head: nothing else can be revealed, so
-    this is exact. A step at which no row has a token to reveal costs nothing.
+    Only the current block passes through the vocabulary head and the last layer's queries and
+    MLP: nothing else can be revealed, so this is exact. A step at which no row has a token to
+    reveal costs nothing.
+
+    `group_size` > 1 promises that rows come in runs of that many with one prompt and template:
+    before the first step their states are the same, so one of them passes through the model.
 
     `drafts` also keeps the full prediction of every step (`Rollout.drafts`), for which all
     positions pass through the head, at every step that has a mask left somewhere; tokens and
     reveal steps are the same with and without.
 
     Raises:
-      ValueError: `template` is not `config.length` long.
+      ValueError: `template` is not `config.length` long, or `group_size` does not divide the rows.
     """
     if template.shape[1] != config.length:
         raise ValueError(f"template is {template.shape[1]} long, config.length={config.length}")
+    if template.shape[0] % group_size:
+        raise ValueError(f"group_size={group_size} does not divide the {template.shape[0]} rows")
     prompt_length, width = prompt.shape[1], config.block_length
     if config.cfg_scale:
         denoiser = guided(denoiser, config.cfg_scale, prompt_length)
@@ -139,11 +151,24 @@ def sample(
     score_of = order.ORDERS[config.order]
     keys = row_keys(key, row)
 
-    def reveal(carry, step):
+    def read(tokens, start, alike):
+        """Hidden states (of the whole completion where drafts need them, of the block).
+
+        Of every `alike` rows the first is read for all.
+        """
+        sequence = jnp.concatenate([prompt, tokens], axis=1)[::alike]
+        seen = valid[::alike]
+        if denoiser.window and not drafts and width < sequence.shape[1]:
+            block = denoiser.window(sequence, seen, prompt_length + start, width)
+            return None, jnp.repeat(block, alike, axis=0)
+        whole = denoiser.encode(sequence, seen)[:, prompt_length:]
+        whole = jnp.repeat(whole, alike, axis=0)
+        return whole, jax.lax.dynamic_slice_in_dim(whole, start, width, axis=1)
+
+    def reveal(carry, step, alike=1):
         tokens, reveal_step, log_prob, entropy = carry
         number, start, count = step
-        whole = denoiser.encode(jnp.concatenate([prompt, tokens], axis=1), valid)[:, prompt_length:]
-        hidden = jax.lax.dynamic_slice_in_dim(whole, start, width, axis=1)
+        whole, hidden = read(tokens, start, alike)
         logits = denoiser.logits(hidden)
         log_p = jax.nn.log_softmax(logits)
         noise_keys = fold_in(keys, number)
@@ -167,12 +192,13 @@ def sample(
         )
         return revealed, draft
 
-    def maybe_reveal(carry, step):
+    def maybe_reveal(carry, step, alike=1):
         due = jnp.any(step[2] > 0)
         if drafts:  # a template may leave a step without a reveal and later blocks masked
             due |= jnp.any(carry[0] == denoiser.mask_id)
         idle = carry[0] if drafts else None
-        return jax.lax.cond(due, reveal, lambda c, _: (c, idle), carry, step)
+        act = functools.partial(reveal, alike=alike)
+        return jax.lax.cond(due, act, lambda c, _: (c, idle), carry, step)
 
     def _draft(whole, tokens, proposal, start, keys):
         """A token for every mask: the block's proposals, and draws of their own elsewhere."""
@@ -193,9 +219,13 @@ def sample(
     counts = config.reveals(jnp.sum(masks, axis=-1)).reshape(template.shape[0], config.steps)
     number = jnp.arange(config.steps, dtype=jnp.int32)
     start = number // (config.steps // config.blocks) * width
-    (tokens, reveal_step, log_prob, entropy), kept = jax.lax.scan(
-        maybe_reveal, carry, (number, start, counts.T)
-    )
+    schedule, first = (number, start, counts.T), None
+    if group_size > 1:
+        carry, first = maybe_reveal(carry, tuple(x[0] for x in schedule), group_size)
+        schedule = tuple(x[1:] for x in schedule)
+    (tokens, reveal_step, log_prob, entropy), kept = jax.lax.scan(maybe_reveal, carry, schedule)
+    if first is not None:
+        kept = jnp.concatenate([first[None], kept])
     return Rollout(
         prompt=prompt,
         prompt_valid=prompt_valid,

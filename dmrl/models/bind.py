@@ -24,6 +24,11 @@ def bind(cfg: llada.Config, variables: Mapping[str, Any], keep_mask: bool = Fals
     def encode(tokens: Int[Array, "b s"], valid: Bool[Array, "b s"]) -> Float[Array, "b s d"]:
         return jnp.asarray(module.apply(network, tokens, valid))
 
+    def window(
+        tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], start: Int[Array, ""], width: int
+    ) -> Float[Array, "b w d"]:
+        return jnp.asarray(module.apply(network, tokens, valid, (start, width)))
+
     def logits(hidden: Float[Array, "*lead d"]) -> Float[Array, "*lead v"]:
         return logprob.logits(hidden, head, dropped)
 
@@ -32,5 +37,6 @@ def bind(cfg: llada.Config, variables: Mapping[str, Any], keep_mask: bool = Fals
     ) -> Float[Array, "*lead z"]:
         return logprob.log_prob(hidden, head, labels, dropped)
 
-    denoiser = Denoiser(encode, logits, log_prob, cfg.mask_token_id, cfg.eos_token_id)
+    ids = (cfg.mask_token_id, cfg.eos_token_id)
+    denoiser = Denoiser(encode, logits, log_prob, *ids, window=window)
     return denoiser._replace(heads=heads.bind(variables.get("heads", {}), denoiser))

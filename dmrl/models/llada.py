@@ -163,44 +163,75 @@ def rope(x: Float[Array, "b s h d"], rotation: Rotation) -> Float[Array, "b s h 
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
+Window = tuple[Int[Array, ""], int]
+"""(start, width): the positions start .. start + width of a sequence; width is static."""
+
+
+def cut(x: Float[Array, "b s *rest"], window: Window | None) -> Float[Array, "b w *rest"]:
+    """The positions of the window; all without one."""
+    return x if window is None else jax.lax.dynamic_slice_in_dim(x, *window, axis=1)
+
+
 class Attention(nn.Module):
-    """Full bidirectional attention with optional grouped key/value heads."""
+    """Full bidirectional attention with optional grouped key/value heads.
+
+    Every position is a key; with a window its positions alone are queries.
+    """
 
     cfg: Config
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "n d"], valid: Bool[Array, "b s"], rotation: Rotation
-    ) -> Float[Array, "n d"]:
+        self,
+        x: Float[Array, "n d"],
+        valid: Bool[Array, "b s"],
+        rotation: Rotation,
+        window: Window | None = None,
+    ) -> Float[Array, "m d"]:
         cfg, (batch, seq) = self.cfg, valid.shape
-        heads = {"q_proj": cfg.n_heads, "k_proj": cfg.n_kv_heads, "v_proj": cfg.n_kv_heads}
-        q, k, v = (
-            Linear(cfg, n * cfg.head_dim, name=name)(x).reshape(batch, seq, n, cfg.head_dim)
-            for name, n in heads.items()
-        )
-        q, k = rope(q, rotation), rope(k, rotation)
+        asking = cut(x.reshape(batch, seq, -1), window)
+        width = asking.shape[1]
+
+        def heads(x: jax.Array, name: str, n: int) -> jax.Array:
+            y = Linear(cfg, n * cfg.head_dim, name=name)(x)
+            return y.reshape(batch, -1, n, cfg.head_dim)
+
+        q = heads(asking.reshape(batch * width, -1), "q_proj", cfg.n_heads)
+        k, v = (heads(x, name, cfg.n_kv_heads) for name in ("k_proj", "v_proj"))
+        cos, sin = rotation
+        q, k = rope(q, (cut(cos, window), cut(sin, window))), rope(k, rotation)
         q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
-        mask = jnp.broadcast_to(valid[:, None, None, :], (batch, 1, seq, seq))
+        mask = jnp.broadcast_to(valid[:, None, None, :], (batch, 1, width, seq))
         with jax.default_matmul_precision(_PRECISION_NAME[cfg.dtype]):
             y = jax.nn.dot_product_attention(q, k, v, mask=mask)
         out = Linear(cfg, cfg.d_model, init_scale=0.5 / cfg.n_layers, name="attn_out")
-        return out(y.reshape(batch * seq, cfg.d_model))
+        return out(y.reshape(batch * width, cfg.d_model))
 
 
 _PRECISION_NAME = {"float32": "highest", "bfloat16": "default", "float16": "default"}
 
 
 class Block(nn.Module):
-    """Pre-norm attention and SwiGLU, each added to the residual stream."""
+    """Pre-norm attention and SwiGLU, each added to the residual stream.
+
+    With a window only its positions come out, and nothing but keys and values is computed of
+    the others.
+    """
 
     cfg: Config
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "n d"], valid: Bool[Array, "b s"], rotation: Rotation
-    ) -> tuple[Float[Array, "n d"], None]:
+        self,
+        x: Float[Array, "n d"],
+        valid: Bool[Array, "b s"],
+        rotation: Rotation,
+        window: Window | None = None,
+    ) -> tuple[Float[Array, "m d"], None]:
         cfg = self.cfg
-        x = x + Attention(cfg, name="attn")(RMSNorm(cfg, name="attn_norm")(x), valid, rotation)
+        normed = RMSNorm(cfg, name="attn_norm")(x)
+        x = cut(x.reshape(*valid.shape, -1), window).reshape(-1, cfg.d_model)
+        x = x + Attention(cfg, name="attn")(normed, valid, rotation, window)
         h = RMSNorm(cfg, name="ff_norm")(x)
         gate = Linear(cfg, cfg.mlp_hidden_size, name="ff_proj")(h)
         up = Linear(cfg, cfg.mlp_hidden_size, name="up_proj")(h)
@@ -215,14 +246,17 @@ class LLaDA(nn.Module):
 
     Padding is masked as keys and positions count from the first valid token, so a row's
     result depends neither on its padding nor on the rest of the batch.
+
+    With a window the hidden states of its positions alone [B,W,D]: the last layer then computes
+    only keys and values elsewhere. Exact, and not for differentiation: no layer is recomputed.
     """
 
     cfg: Config
 
     @nn.compact
     def __call__(
-        self, tokens: Int[Array, "b s"], valid: Bool[Array, "b s"]
-    ) -> Float[Array, "b s d"]:
+        self, tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], window: Window | None = None
+    ) -> Float[Array, "b w d"]:
         cfg = self.cfg
         if tokens.shape[1] > cfg.max_sequence_length:
             raise ValueError(
@@ -244,7 +278,15 @@ class LLaDA(nn.Module):
         positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
         x = embedding[tokens.reshape(-1)].astype(cfg.dtype)
         x = constrain(x, BATCH_AXES, None)
-        block = Block
+        turns = rotation(positions, cfg.head_dim, cfg.rope_theta)
+        if window is None:
+            x = self._all_layers(x, valid, turns)
+        else:
+            x = self._layers_to_window(x, valid, turns, window)
+        return RMSNorm(cfg, name="ln_f")(x).reshape(tokens.shape[0], -1, cfg.d_model)
+
+    def _all_layers(self, x: jax.Array, valid: jax.Array, turns: Rotation) -> jax.Array:
+        cfg, block = self.cfg, Block
         if cfg.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False)
         # One loop body compiles fast and keeps only carries; a model small enough to keep all its
@@ -257,10 +299,29 @@ class LLaDA(nn.Module):
             length=cfg.n_layers,
             unroll=1 if cfg.remat != "none" else cfg.n_layers,
         )
-        x, _ = layers(cfg, name="blocks")(
-            x, valid, rotation(positions, cfg.head_dim, cfg.rope_theta)
-        )
-        return RMSNorm(cfg, name="ln_f")(x).reshape(*tokens.shape, cfg.d_model)
+        x, _ = layers(cfg, name="blocks")(x, valid, turns)
+        return x
+
+    def _layers_to_window(
+        self, x: jax.Array, valid: jax.Array, turns: Rotation, window: Window
+    ) -> jax.Array:
+        """A loop over layer numbers: cutting the stacked weights in two would copy them."""
+        cfg = self.cfg
+        block = Block(cfg, parent=None)
+        stacked = {
+            name: tree["blocks"] for name, tree in self.variables.items() if "blocks" in tree
+        }
+
+        def weights(layer: int | jax.Array) -> Any:
+            return jax.tree.map(lambda leaf: leaf[layer], stacked)
+
+        def step(x: jax.Array, layer: jax.Array) -> tuple[jax.Array, None]:
+            return block.apply(weights(layer), x, valid, turns)
+
+        before = cfg.n_layers - 1
+        unroll = 1 if cfg.remat != "none" else max(before, 1)
+        x, _ = jax.lax.scan(step, x, jnp.arange(before), unroll=unroll)
+        return block.apply(weights(before), x, valid, turns, window)[0]
 
 
 def init(cfg: Config, key: jax.Array) -> dict[str, Any]:

@@ -60,12 +60,12 @@ def layers(cfg: Config, path: str) -> list[int] | list[None]:
     return list(range(cfg.n_layers)) if path.startswith("blocks/") else [None]
 
 
-def read_tree(tree: Mapping[str, Any]) -> Read:
-    """A reader over a tree of arrays in memory."""
+def read_tree(tree: Mapping[str, Any], fetch: Callable[[Any], np.ndarray] = np.asarray) -> Read:
+    """A reader over a tree of arrays in memory; `fetch` brings a tensor to the host."""
     flat = traverse_util.flatten_dict(tree, sep="/")
 
     def read(path: str, layer: int | None) -> np.ndarray:
-        return np.asarray(flat[path] if layer is None else flat[path][layer])
+        return fetch(flat[path] if layer is None else flat[path][layer])
 
     return read
 
@@ -85,15 +85,30 @@ def save_weights(
     tree: Mapping[str, Any],
     collection: str = "params",
     force: bool = False,
+    fetch: Callable[[Any], np.ndarray] = np.asarray,
 ) -> Written:
-    """Writes a tree of fully addressable arrays; `write_weights` says what is raised."""
+    """Writes a tree, one tensor after the other; `write_weights` says what is raised.
+
+    `fetch` brings one to the host. Where processes must take part in that together, those that
+    write nothing call `fetch_all`.
+    """
     have, want = traverse_util.flatten_dict(tree, sep="/"), leaves(cfg, collection)
     if have.keys() != want.keys():
         wrong = ", ".join(sorted(have.keys() ^ want.keys()))
         raise ValueError(f"the tree is not the {collection!r} tree of this model: {wrong}")
     for path, leaf in have.items():
         _check(path, leaf.shape, leaf.dtype, want[path])
-    return write_weights(directory, cfg, read_tree(tree), collection, force)
+    return write_weights(directory, cfg, read_tree(tree, fetch), collection, force)
+
+
+def fetch_all(
+    cfg: Config, tree: Mapping[str, Any], collection: str, fetch: Callable[[Any], np.ndarray]
+) -> None:
+    """Calls `fetch` for the same tensors in the same order as `save_weights`."""
+    read = read_tree(tree, fetch)
+    for path in leaves(cfg, collection):
+        for layer in layers(cfg, path):
+            read(path, layer)
 
 
 def write_weights(

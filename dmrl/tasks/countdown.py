@@ -6,18 +6,26 @@ wrong one and 1 for a right one.
 
 import ast
 import itertools
-import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dmrl.tasks.answers import FORMAT, TEXT, last_answer
+from dmrl.tasks import latex, parsers
+from dmrl.tasks.answers import (
+    BOXED_FORMAT,
+    FORMAT,
+    PROTOCOLS,
+    TEXT,
+    answer_or_box,
+    finished,
+    last_answer,
+)
 from dmrl.tasks.arithmetic import Term, evaluate, literals, solve
-from dmrl.tasks.options import at_least, data_file, one_of, span
+from dmrl.tasks.options import at_least, one_of, rows, span
 
 _BUCKETS = {"train": range(2, 8), "validation": range(1, 2), "test": range(1)}
 """The hash values, of 8, that belong to each split."""
@@ -47,6 +55,16 @@ Example: for the numbers [2, 3, 4] and the target 5 the answer is
 """
 
 
+_EVALUATION = """Using only the provided numbers, create an arithmetic expression that evaluates \
+to exactly the provided target number. You may use the operations +, -, *, and / as needed, but \
+each number must be used exactly once. Think step-by-step. After reasoning, provide only your \
+final expression inside \\boxed{} tags without including an equals sign or the target number. \
+For example: \\boxed{a + b * c}"""
+"""With which d1's evaluation prompt begins; its format block follows without a line break."""
+
+_LATEX = {r"\times": "*", r"\cdot": "*", r"\div": "/", "\u2212": "-", "\u00d7": "*", "\u00f7": "/"}
+
+
 class Example(NamedTuple):
     """Numbers, the target, and an expression that reaches it ('' where none does)."""
 
@@ -72,11 +90,14 @@ class Task:
 
     style: str = "compact"
     """'compact': the prompt is "30,100,93=23:", the completion is the expression itself.
-    'published': d1's format, free text with the expression in an <answer>."""
+    'published': d1's training prompt, free text with the expression in an <answer>.
+    'evaluation': d1's evaluation prompt, which asks for a box within the answer."""
     protocol: str = "paper"
-    """'paper': only + - * / count, and the value must be exact. 'd1': as in the authors'
-    code ** and // count too, and values within 1e-5, which rewards expressions that the
-    prompt forbids ("23+2//100"). Neither computes powers of powers or huge ones."""
+    """'paper': only + - * / count, and the value must be exact. 'd1', 'spg': as in the
+    authors' code ** and // count too, and values within 1e-5, which rewards expressions that
+    the prompt forbids ("23+2//100"); and outside the compact style `solved` is what their
+    evaluation script finds, which reads other answers than the reward (docs/protocol.md).
+    None computes powers of powers or huge ones."""
     numbers: Sequence[int] = (3, 4)
     """Fewest and most numbers of a generated puzzle, all equally frequent."""
     values: Sequence[int] = (1, 100)
@@ -93,8 +114,8 @@ class Task:
     """Directory holding countdown/cd3_test.jsonl for 'published'; default $DMRL_DATA."""
 
     def __post_init__(self) -> None:
-        one_of("style", self.style, ("compact", "published"))
-        one_of("protocol", self.protocol, ("paper", "d1"))
+        one_of("style", self.style, ("compact", "published", "evaluation"))
+        one_of("protocol", self.protocol, PROTOCOLS)
         for name, low, high in (("numbers", 2, 6), ("values", 1, 1000), ("targets", 1, 10_000)):
             object.__setattr__(self, name, span(name, getattr(self, name), low, high))
         at_least("split_seed", self.split_seed, 0)
@@ -154,6 +175,9 @@ class Task:
         """Numbers and target, with d1's format and instructions in the published style."""
         if self.style == "compact":
             return f"{','.join(map(str, example.numbers))}={example.target}:"
+        if self.style == "evaluation":
+            asked = f"Numbers: {list(example.numbers)}\nTarget: {example.target}"
+            return f"{_EVALUATION}{BOXED_FORMAT}\n\n{asked}"
         text = _PROMPT.format(numbers=list(example.numbers), target=example.target)
         return f"{FORMAT}\n{text}"
 
@@ -165,6 +189,8 @@ class Task:
         """The known expression, in <answer> tags in the published style; None if unknown."""
         if not example.solution or self.style == "compact":
             return example.solution or None
+        if self.style == "evaluation":
+            return f"<answer>\n\\boxed{{{example.solution}}}\n</answer>"
         return f"<answer>\n{example.solution}\n</answer>"
 
     def trace(self, example: Example) -> list[tuple[str, bool]] | None:
@@ -190,30 +216,57 @@ class Task:
 
         Returns:
           reward: 1.0 if solved, 0.1 for any other answer, 0.0 without one.
-          solved: 1.0 if the answer uses each number once and its value is the target.
+          solved: 1.0 if the answer uses each number once and its value is the target; outside
+            the compact style under 'd1' and 'spg' as their evaluation script finds.
           numbers: 1.0 if it uses each number once, whatever its value.
           answered: 1.0 if there is an answer: in the published style an <answer> pair, even
             an empty one (as in d1's code), in the compact style any text.
         """
-        if self.style == "published":
-            answer = last_answer(completion)
-        else:
-            answer = completion.strip() or None
+        answer = self._written(completion)
         text = (answer or "").strip()
         numbers = sorted(literals(text)) == sorted(example.numbers)
-        solved = numbers and self._reaches(text, example.target)
+        right = solved = self._reaches(text, example)
+        if self.protocol != "paper" and self.style != "compact":
+            solved = self._reaches(parsers.countdown(completion), example)
         return {
-            "reward": 1.0 if solved else 0.0 if answer is None else 0.1,
+            "reward": 1.0 if right else 0.0 if answer is None else 0.1,
             "solved": float(solved),
             "numbers": float(numbers),
             "answered": float(answer is not None),
         }
 
-    def _reaches(self, text: str, target: int) -> bool:
+    def recorded(self, question: str, truth: Any) -> Example:
+        """The example of a saved generation, whose truth is [numbers, target]."""
+        numbers, target = truth
+        return Example(tuple(map(int, numbers)), int(target))
+
+    def _written(self, completion: str) -> str | None:
+        """The part of a completion that is the answer; None without one."""
+        if self.style == "compact":
+            return completion.strip() or None
+        if self.protocol != "paper":
+            return last_answer(completion)
+        text = finished(completion)
+        if self.style == "published":
+            return last_answer(text)
+        written = answer_or_box(text)
+        return None if written is None else _opened(written)
+
+    def _reaches(self, text: str, example: Example) -> bool:
+        if sorted(literals(text)) != sorted(example.numbers):
+            return False
         if self.protocol == "paper":
-            return evaluate(text) == target
+            return evaluate(text) == example.target
         value = evaluate(text, powers=True)
-        return value is not None and -1e-5 < value - target < 1e-5
+        return value is not None and -1e-5 < value - example.target < 1e-5
+
+
+def _opened(answer: str) -> str:
+    """The expression in a box, in plain operators, without what follows an equals sign."""
+    inside = latex.opened(answer) or ""
+    for command, operator in _LATEX.items():
+        inside = inside.replace(command, operator)
+    return inside.partition("=")[0].strip(" $\n")
 
 
 def _worked(solution: str) -> list[str]:
@@ -232,9 +285,8 @@ def _worked(solution: str) -> list[str]:
 
 
 def _published(data_dir: str | None) -> list[Example]:
-    lines = data_file(data_dir, "countdown/cd3_test.jsonl").read_text().splitlines()
     found = []
-    for row in map(json.loads, lines):
+    for row in rows(data_dir, "countdown/cd3_test.jsonl", ("input", "output")):
         numbers, target = tuple(map(int, row["input"].split(","))), int(row["output"])
         found.append(Example(numbers, target, solve(numbers, target) or ""))
     return found

@@ -8,15 +8,16 @@ penalises other valid answers of a puzzle with several; the default reward check
 import csv
 import functools
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dmrl.tasks import BLANK
-from dmrl.tasks.answers import FORMAT, TEXT, last_answer
+from dmrl.tasks import BLANK, parsers
+from dmrl.tasks.answers import FORMAT, PROTOCOLS, TEXT, finished, last_answer
 from dmrl.tasks.options import at_least, data_file, one_of, span
 
 CELLS = 16
@@ -81,6 +82,11 @@ class Task:
     reward: str = "board"
     """'board': 1 for a board that keeps the givens and obeys the rules, else 0.
     'cells': d1's, the fraction of empty cells that equal the given solution."""
+    protocol: str = "paper"
+    """How the metrics of the published style read a completion. 'paper': the digits of the
+    last <answer>. 'd1', 'spg': as by the authors' evaluation script, which takes the first
+    answer, keeps words and separators, and calls a board solved if its empty cells are those
+    of the given solution. The reward is not touched."""
     blanks: Sequence[int] = (4, 12)
     """Fewest and most empty cells of a generated puzzle; all numbers are equally frequent as
     far as puzzles exist. No puzzle with more than 12 has one solution."""
@@ -96,6 +102,7 @@ class Task:
     def __post_init__(self) -> None:
         one_of("style", self.style, ("compact", "grid", "published"))
         one_of("reward", self.reward, ("board", "cells"))
+        one_of("protocol", self.protocol, PROTOCOLS)
         object.__setattr__(self, "blanks", span("blanks", self.blanks, 1, 12))
         at_least("split_seed", self.split_seed, 0)
         at_least("train_size", self.train_size, 1)
@@ -173,20 +180,34 @@ class Task:
 
         Returns:
           reward: as the option `reward` says.
-          solved: 1.0 if the board keeps the givens and obeys the rules, else 0.0.
+          solved: 1.0 if the board keeps the givens and obeys the rules, else 0.0. In the
+            published style under 'd1' and 'spg': if all empty cells are as in the solution.
           cells: fraction of the empty cells that equal `example.solution` (0.0 if none is
             empty). Givens that were overwritten cost nothing here, as published.
         """
         board = self._board(completion)
-        wanted = [c for c in range(CELLS) if example.puzzle[c] == "0"]
-        right = sum(board[c : c + 1] == example.solution[c] for c in wanted)
         solved = float(is_solution(example.puzzle, board))
-        cells = right / len(wanted) if wanted else 0.0
-        return {
-            "reward": solved if self.reward == "board" else cells,
-            "solved": solved,
-            "cells": cells,
-        }
+        cells = _right_cells(example, board)
+        reward = solved if self.reward == "board" else cells
+        if self.style == "published" and self.protocol != "paper":
+            cells = _right_cells(example, parsers.sudoku(completion).ljust(CELLS, "0"))
+            solved = float(cells == 1.0)
+        return {"reward": reward, "solved": solved, "cells": cells}
+
+    def empty(self, example: Example) -> int:
+        """The number of empty cells, over which the authors average."""
+        return example.puzzle.count("0")
+
+    def recorded(self, question: str, truth: Any) -> Example:
+        """The example of a saved generation: the puzzle in its question, and its solution.
+
+        Raises:
+          ValueError: no puzzle of 16 digits stands in the question.
+        """
+        found = re.search("[0-4]{16}", question)
+        if found is None:
+            raise ValueError(f"no puzzle of 16 digits from 0 to 4 in {question!r}")
+        return Example(found.group(), str(truth))
 
     def _drawn(self, board: str) -> str:
         return _DRAWN.format(*board) if self.style == "grid" else board
@@ -194,13 +215,21 @@ class Task:
     def _board(self, completion: str) -> str:
         """The cells of a completion in order; "" where the lines are not as drawn."""
         if self.style == "published":
-            return _published_board(completion)
+            paper = self.protocol == "paper"
+            return _published_board(finished(completion) if paper else completion)
         if self.style == "compact":
             return completion
         intact = all(completion[i : i + 1] == line for i, line in _LINES.items())
         if not intact or len(completion) != CELLS + len(_LINES):
             return ""
         return "".join(c for i, c in enumerate(completion) if i not in _LINES)
+
+
+def _right_cells(example: Example, board: str) -> float:
+    """Fraction of the empty cells that agree with the given solution."""
+    wanted = [c for c in range(CELLS) if example.puzzle[c] == "0"]
+    right = sum(board[c : c + 1] == example.solution[c] for c in wanted)
+    return right / len(wanted) if wanted else 0.0
 
 
 def is_solution(puzzle: str, board: str) -> bool:

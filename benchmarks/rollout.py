@@ -1,0 +1,242 @@
+"""Sampling against the standard PyTorch sampler, against our own full logits, against the roof.
+
+    python benchmarks/rollout.py [--shapes=T0,T1] [--timed_steps=8] [--clock=cpu]
+
+First asserts that at temperature 0 all of them decode the same tokens. Items 1, 2, 8 and 9.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT / "benchmarks"]
+sys.path.insert(0, str(ROOT))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from absl import app, flags  # noqa: E402
+
+from benchmarks import peer, timing  # noqa: E402
+from benchmarks.shapes import SHAPES, T0, Shape  # noqa: E402
+from dmrl import cost, models  # noqa: E402
+from dmrl.diffusion.sampler import Sampling, sample  # noqa: E402
+
+_SHAPES = flags.DEFINE_list("shapes", ["T0", "T1"], "Which shapes")
+_STEPS = flags.DEFINE_integer("timed_steps", 8, "Denoising steps of T1 that are timed")
+_ROWS = flags.DEFINE_integer("rows", 0, "Completions at a time; 0: the shape's own")
+
+GOALS = {"T0": 2.0, "T1": 8.0}
+GROUP = 6
+LENGTHS = (64, 128, 256, 512)
+SIZES = (6, 8, 12, 16)
+
+
+class Timed(NamedTuple):
+    """A shape whose sampler takes as many steps as are timed, with weights and prompts."""
+
+    shape: Shape
+    params: Any
+    prompt: jax.Array
+
+
+def make(shape: Shape, steps: int) -> Timed:
+    """Random weights and prompts. A step costs the same however many tokens it reveals."""
+    blocks = shape.sampling.blocks
+    steps = min(shape.sampling.steps, -(-steps // blocks) * blocks)
+    sampling = dataclasses.replace(shape.sampling, steps=steps)
+    params = models.init(shape.model, jax.random.key(0))["params"]
+    # Random heads are nearly flat; sharper ones leave no tie for rounding to decide.
+    params["head"] = params["head"] * 4
+    # One prompt, as in a group.
+    prompt = jax.random.randint(jax.random.key(1), (1, shape.prompt), 0, shape.model.eos_token_id)
+    prompt = jnp.repeat(prompt, shape.rows, axis=0)
+    return Timed(shape._replace(sampling=sampling), params, prompt)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "config"))
+def _sample(params, prompt, template, key, *, cfg, config):
+    denoiser = models.bind(cfg, {"params": params}, keep_mask=True)
+    rows = jnp.arange(prompt.shape[0], dtype=jnp.int32)
+    valid = jnp.ones(prompt.shape, bool)
+    return sample(denoiser, prompt, valid, template, rows, jnp.zeros_like(rows), key, config).tokens
+
+
+def _masks(timed: Timed) -> jax.Array:
+    shape = timed.shape
+    size = (shape.rows, shape.sampling.length)
+    return jnp.full(size, shape.model.mask_token_id, jnp.int32)
+
+
+def ours(timed: Timed, config: Sampling) -> Callable[[], jax.Array]:
+    """Our sampler: the vocabulary head reads the current block."""
+    cfg, template, key = timed.shape.model, _masks(timed), jax.random.key(2)
+    return lambda: _sample(timed.params, timed.prompt, template, key, cfg=cfg, config=config)
+
+
+def full_logits(timed: Timed, config: Sampling) -> Callable[[], jax.Array]:
+    """Our sampler doing what the peer does: prompt and completion are one block of a template.
+
+    Every position then passes through head, noise and softmax at every step.
+    """
+    span = timed.shape.prompt + config.length
+    whole = dataclasses.replace(config, length=span, block_length=span)
+    template = jnp.concatenate([timed.prompt, _masks(timed)], axis=1)
+    cfg, nothing, key = timed.shape.model, timed.prompt[:, :0], jax.random.key(2)
+    run = functools.partial(_sample, cfg=cfg, config=whole)
+    return lambda: run(timed.params, nothing, template, key)[:, timed.shape.prompt :]
+
+
+def standard(
+    timed: Timed, config: Sampling, dtype: torch.dtype = torch.float32
+) -> Callable[[], np.ndarray]:
+    """The peer."""
+    network = peer.model(timed.shape.model, timed.params)
+    prompt = peer.tensor(timed.prompt)
+    return lambda: peer.generate(network, prompt, config, dtype).numpy()
+
+
+def check(timed: Timed) -> None:
+    """All decode the same tokens without noise. Raises AssertionError."""
+    greedy = dataclasses.replace(timed.shape.sampling, temperature=0.0)
+    one_block = dataclasses.replace(greedy, block_length=greedy.length)
+    for mode, config in ((ours, greedy), (full_logits, one_block)):
+        found, wanted = np.asarray(mode(timed, config)()), standard(timed, config)()
+        assert len(np.unique(wanted)) > 4, "nothing to compare: the peer repeats itself"
+        np.testing.assert_array_equal(found, wanted, err_msg=f"{mode.__name__}")
+
+
+def flops(shape: Shape, logit_rows: int, steps: int | None = None) -> float:
+    """Of all forwards of one batch, `logit_rows` through the head."""
+    span = shape.prompt + shape.sampling.length
+    one = cost.forward_flops(cost.shape_of(shape.model), span, span, logit_rows)
+    return shape.rows * (steps or shape.sampling.steps) * one
+
+
+def against_peer(name: str) -> tuple[list[timing.Row], dict[str, Any]]:
+    """Items 1 and 2 of one shape."""
+    usual = SHAPES[name].sampling
+    wanted = SHAPES[name]._replace(rows=_ROWS.value or SHAPES[name].rows)
+    timed = make(wanted, _STEPS.value if name == "T1" else usual.steps)
+    check(timed)
+    shape, config = timed.shape, timed.shape.sampling
+    contestants = {
+        "dmrl": ours(timed, config),
+        "dmrl full logits": full_logits(timed, config),
+        "peer": standard(timed, config),
+    }
+    if name != "T1":  # the published sampler's noise; at T1 it would be most of the benchmark
+        contestants["peer, float64 noise"] = standard(timed, config, torch.float64)
+    times = timing.alternate(contestants)
+    span = shape.prompt + config.length
+    least, whole = flops(shape, config.block_length), flops(shape, span)
+    faster = timing.ratio(times, "peer", "dmrl")
+    tax = timing.ratio(times, "peer", "dmrl full logits")
+    double = "its noise and softmax in float32"
+    if "peer, float64 noise" in times:
+        double = f"{timing.ratio(times, 'peer, float64 noise', 'dmrl'):.2f}x with its float64 noise"
+    tokens = shape.rows * config.steps * usual.length / usual.steps
+    goal = GOALS.get(name, 1.0)
+    rows = [
+        timing.Row(
+            "1",
+            f"rollout of {shape.rows}, {config.steps} steps, "
+            f"{tokens / times['dmrl'].median:.0f} tokens/s",
+            name,
+            f"{faster:.2f}x the peer ({double})",
+            f">= {goal:g}x",
+            f"{whole / least:.2f}x in FLOPs",
+            faster,
+            timing.ratio(times, "dmrl full logits", "dmrl"),
+            least / timing.peak_flops() / times["dmrl"].median,
+            faster >= goal,
+        ),
+        timing.Row(
+            "2",
+            "rollout, full_logits mode",
+            name,
+            f"{tax:.2f}x the peer",
+            ">= 1x",
+            "1x in FLOPs",
+            tax,
+            1.0,
+            whole / timing.peak_flops() / times["dmrl full logits"].median,
+            tax >= 1,
+        ),
+    ]
+    return rows, {key: value._asdict() for key, value in times.items()}
+
+
+def against_group_size() -> tuple[timing.Row, dict[str, Any]]:
+    """Item 8: seconds a completion must not depend on how many are sampled together."""
+    runs = {}
+    for size in SIZES:
+        timed = make(T0._replace(rows=size), T0.sampling.steps)
+        runs[str(size)] = ours(timed, timed.shape.sampling)
+    times = timing.alternate(runs)
+    each = {size: times[str(size)].median / size for size in SIZES}
+    worst = max(abs(each[size] / each[SIZES[-1]] - 1) for size in SIZES)
+    shown = ", ".join(f"{size}: {1 / each[size]:.2f}" for size in SIZES)
+    row = timing.Row(
+        "8",
+        f"completions/s by group size ({shown})",
+        "T0",
+        f"{worst:.1%} off linear",
+        "<= 5%",
+        "0%",
+        met=worst <= 0.05,
+    )
+    return row, {key: value._asdict() for key, value in times.items()}
+
+
+def against_length() -> tuple[timing.Row, dict[str, Any]]:
+    """Item 9: seconds against the analytic FLOPs, lengths at a step a block."""
+    runs, work = {}, {}
+    for length in LENGTHS:
+        config = dataclasses.replace(
+            T0.sampling, length=length, steps=length // T0.sampling.block_length
+        )
+        timed = make(T0._replace(sampling=config), config.steps)
+        runs[str(length)] = ours(timed, config)
+        work[length] = flops(timed.shape, config.block_length)
+    times = timing.alternate(runs)
+    rate = {n: work[n] / times[str(n)].median for n in LENGTHS}
+    mean = sum(work.values()) / sum(times[str(n)].median for n in LENGTHS)
+    worst = max(abs(rate[n] / mean - 1) for n in LENGTHS)
+    shown = ", ".join(f"{n}: {rate[n] / 1e9:.1f}" for n in LENGTHS)
+    row = timing.Row(
+        "9",
+        f"GFLOP/s by completion length ({shown})",
+        "T0",
+        f"{worst:.1%} off the FLOP curve",
+        "<= 5%",
+        "0%",
+        roofline=mean / timing.peak_flops(),
+        met=worst <= 0.05,
+    )
+    return row, {key: value._asdict() for key, value in times.items()}
+
+
+def main(argv: list[str]) -> None:
+    """Checks, times, prints."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    torch.set_num_threads(timing.cores())
+    rows, details = [], {}
+    for name in _SHAPES.value:
+        found, details[name] = against_peer(name)
+        rows += found
+    if "T0" in _SHAPES.value:
+        for item, measure in (("8", against_group_size), ("9", against_length)):
+            row, details[item] = measure()
+            rows.append(row)
+    timing.save("rollout", rows, details)
+
+
+if __name__ == "__main__":
+    app.run(main)

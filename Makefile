@@ -1,11 +1,13 @@
 # make train: the tiny run from nothing.  make test: the tests from nothing.
 # make methods: every method from the same start, a table (hours).
+# make slices: LLaDA-8B compiled for TPU slices that are not attached (hours, an environment of
+# its own with the TPU compiler).
 # make bench: speed against PyTorch, against itself, against the bound (an hour).
 PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= configs/sudoku_dispo.py
 
-.PHONY: setup train test test-slow lint methods bench clean
+.PHONY: setup train test test-slow lint methods bench slices clean
 
 setup: .venv/ready
 
@@ -32,9 +34,17 @@ test-slow: setup
 methods: setup
 	$(BIN)/python benchmarks/methods.py $(ARGS)
 
+slices: .venv-tpu/ready
+	.venv-tpu/bin/python benchmarks/slices.py $(ARGS)
+
+.venv-tpu/ready: setup.py constraints.txt
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,tpu]'
+	touch $@
+
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[bench]'
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-tpu build *.egg-info

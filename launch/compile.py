@@ -36,10 +36,13 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: options start with --config.")
     os.environ["JAX_PLATFORMS"] = "cpu"  # a TPU's lock, if there is one, is not ours to take
     try:
-        simulate(TOPOLOGY.value)
+        import jax
+
         from dmrl import ahead, fit, fit_page, parallel, recipe, slices
 
         logging.getLogger("jax").setLevel(logging.WARNING)
+        if simulated := max(map(slices.simulated, TOPOLOGY.value)):
+            jax.config.update("jax_num_cpu_devices", simulated)
         made = recipe.build(CONFIG.value.to_dict())
         refused = 0
         for name in TOPOLOGY.value:
@@ -56,14 +59,6 @@ def main(argv: list[str]) -> None:
     except (ValueError, ModuleNotFoundError, OSError) as error:
         sys.exit(f"error: {error}")
     sys.exit(1 if refused else 0)
-
-
-def simulate(names: list[str]) -> None:
-    """Asks for as many CPU devices as `cpu:N` needs, before jax starts."""
-    counts = [n.partition(":")[2] for n in names if n.startswith("cpu:")]
-    if counts:
-        option = f"--xla_force_host_platform_device_count={max(counts, key=len)}"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {option}".strip()
 
 
 def label() -> str:

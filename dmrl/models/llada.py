@@ -315,7 +315,7 @@ class LLaDA(nn.Module):
         def weights(layer: int | jax.Array) -> Any:
             return jax.tree.map(lambda leaf: leaf[layer], stacked)
 
-        def step(x: jax.Array, layer: jax.Array) -> tuple[jax.Array, None]:
+        def step(x: jax.Array, layer: jax.Array) -> Any:
             return block.apply(weights(layer), x, valid, turns)
 
         before = cfg.n_layers - 1

@@ -221,8 +221,8 @@ def sample(
     start = number // (config.steps // config.blocks) * width
     schedule, first = (number, start, counts.T), None
     if group_size > 1:
-        carry, first = maybe_reveal(carry, tuple(x[0] for x in schedule), group_size)
-        schedule = tuple(x[1:] for x in schedule)
+        carry, first = maybe_reveal(carry, jax.tree.map(lambda x: x[0], schedule), group_size)
+        schedule = jax.tree.map(lambda x: x[1:], schedule)
     (tokens, reveal_step, log_prob, entropy), kept = jax.lax.scan(maybe_reveal, carry, schedule)
     if first is not None:
         kept = jnp.concatenate([first[None], kept])

@@ -215,7 +215,8 @@ def _measured(
         {name: float(values[i]) for name, values in decoded.scores.items()}
         for i in range(len(examples))
     ]
-    found = protocol.summarized(task, examples, each, len(prompts.examples))
+    count = len(prompts.examples)
+    found = protocol.summarized(task, examples, each, count, count)
     lengths = np.asarray(decoded.rollout.length)
     result = {"hash": results.digest(told), "protocol": told, **found}
     if k > 1:

@@ -79,23 +79,29 @@ def scores(task: Any, found: Sequence[Generation]) -> list[dict[str, float]]:
 def summary(task: Any, found: Sequence[Generation]) -> dict[str, Any]:
     """The result of a file, JSON-able: see `summarized`."""
     examples = [task.recorded(g.question, g.truth) for g in found]
-    return summarized(task, examples, scores(task, found), len({g.question for g in found}))
+    questions = len({g.question for g in found})
+    return summarized(task, examples, scores(task, found), questions, len(found))
 
 
 def summarized(
-    task: Any, examples: Sequence[Any], each: Sequence[Mapping[str, float]], questions: int
+    task: Any,
+    examples: Sequence[Any],
+    each: Sequence[Mapping[str, float]],
+    questions: int,
+    trials: int,
 ) -> dict[str, Any]:
     """What the scores of completions say together, JSON-able.
 
     Args:
       examples, each: of every completion its example and its score.
       questions: different questions among them.
+      trials: how many of them the interval takes for independent: with several samples of a
+        question no more than there are questions.
 
     Returns:
       n: completions; n_questions.
-      accuracy: share solved, with its 95% Wilson interval `accuracy_95` (over questions, where
-        each was answered several times). For boards under 'd1' and 'spg' what these papers
-        call so, the cell accuracy.
+      accuracy: share solved, with its 95% Wilson interval `accuracy_95`. For boards
+        under 'd1' and 'spg' what these papers call so, the cell accuracy.
       cell_accuracy, board_accuracy: of boards: right empty cells of all empty cells, and
         boards solved.
       string_accuracy: of mathematics, the share right by the string rule.
@@ -103,8 +109,7 @@ def summarized(
     """
     mean = {name: float(np.mean([s[name] for s in each])) for name in each[0]}
     solved, n = mean.pop("solved"), len(each)
-    sampled = bool(questions) and n % questions == 0 and n > questions
-    low, high = interval(solved * questions, questions) if sampled else interval(solved * n, n)
+    low, high = interval(solved * trials, trials)
     result: dict[str, Any] = {
         "n": n,
         "n_questions": questions,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import flags
+from absl import flags, logging
 
 REPEATS = flags.DEFINE_integer("repeats", 7, "Timed runs of each contestant")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -50,10 +50,13 @@ def alternate(contestants: Mapping[str, Callable[[], Any]]) -> dict[str, Times]:
         for name, run in contestants.items():
             seconds[name].append(_seconds(run))
     load = os.getloadavg()[0]
-    return {
+    times = {
         name: Times(first[name], min(found), statistics.median(found), load)
         for name, found in seconds.items()
     }
+    for name, found in times.items():
+        logging.info("%s: min %.4g s, median %.4g s", name, found.minimum, found.median)
+    return times
 
 
 def _seconds(run: Callable[[], Any]) -> float:

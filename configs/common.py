@@ -67,6 +67,7 @@ def base(
             "warm_start": warm_start,
             "evaluation": evaluation,
             "rescue": rescue or section(Rescue),
+            "preferences": "",
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
             "metrics": (),
         }

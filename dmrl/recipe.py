@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from dmrl import metrics, models, optim, tasks, tokenizer
 from dmrl.diffusion.sampler import Sampling
 from dmrl.models import weights
-from dmrl.programs import Term, make_term
+from dmrl.programs import Term, make_term, needs
 from dmrl.rescue import Rescue
 
 Section = TypeVar("Section")
@@ -121,6 +121,8 @@ class Recipe(typing.NamedTuple):
     warm_optimizer: optim.Optimizer
     evaluation: Evaluation
     rescue: Rescue
+    preferences: str
+    """JSONL file of preference pairs that stage 2 trains on instead of rollouts; "": rollouts."""
     mesh: Mapping[str, int]
     metrics: tuple[str, ...]
 
@@ -153,6 +155,8 @@ def build(config: Mapping[str, Any]) -> Recipe:
             f"rescue.fraction={rescue.fraction} replaces completions whose states "
             f"{', '.join(probing)} has probed: set it to 0, or drop the term"
         )
+    if config["preferences"]:
+        _check_preferences(config, terms, rescue)
     if not terms:
         raise ValueError("the objective has no term with a weight other than 0")
     return Recipe(
@@ -172,9 +176,23 @@ def build(config: Mapping[str, Any]) -> Recipe:
         ),
         evaluation=section(Evaluation, config["evaluation"], "evaluation"),
         rescue=rescue,
+        preferences=config["preferences"],
         mesh=dict(config["mesh"]),
         metrics=metrics.known(config["metrics"]),
     )
+
+
+def _check_preferences(config: Mapping[str, Any], terms: Sequence[Term], rescue: Rescue) -> None:
+    """Raises ValueError where something needs rollouts, which pairs of a file do not have."""
+    if config["num_generations"] != 2:
+        raise ValueError(
+            f"num_generations={config['num_generations']}, but preferences come in pairs: set it "
+            "to 2 (and group_size of the term)"
+        )
+    sampled = [t.name for t in terms if hasattr(t.algorithm, "probes") or "drafts" in needs([t])]
+    if sampled or rescue.fraction or config["phase_steps"]:
+        who = ", ".join([*sampled, *["rescue"][: bool(rescue.fraction)]]) or "phase_steps"
+        raise ValueError(f"preferences are not sampled, but {who} needs rollouts: drop one of them")
 
 
 SAME = {"group_size": ("num_generations",), "block_length": ("sampling", "block_length")}

@@ -43,6 +43,26 @@ class Stage(Protocol):
         """Held-out measurements due after `number` steps; None if none is due."""
 
 
+def given(
+    prompt: np.ndarray, valid: np.ndarray, tokens: np.ndarray, free: np.ndarray, group_size: int
+) -> Any:
+    """Completions [B,L] from outside as a finished Rollout in numpy, so that losses see what they
+    always see. `free` [B,L]: the positions that a sampler would have filled."""
+    zeros, rows = np.zeros(tokens.shape, np.float32), np.arange(len(tokens), dtype=np.int32)
+    fields: dict[str, Any] = {
+        "prompt": prompt,
+        "prompt_valid": valid,
+        "tokens": tokens,
+        "reveal_step": np.where(free, 0, TEMPLATE).astype(np.int32),
+        "log_prob": zeros,
+        "entropy": zeros,
+        "row": rows,
+        "group": rows // group_size,
+        "length": np.full(len(tokens), tokens.shape[1], np.int32),
+    }
+    return Rollout(**fields)
+
+
 class WarmStart:
     """Stage 1: masked-diffusion SFT on the task's own reference completions."""
 
@@ -75,29 +95,14 @@ class WarmStart:
         """One supervised update."""
         del number
         start = time.perf_counter()
-        example = parallel.put(self._example(index), parallel.batch_sharding(self.programs.mesh))
+        train, targets = self.train, self.targets[index]
+        free = train.template[index] == self.recipe.model.mask_token_id
+        example = given(train.prompt[index], train.prompt_valid[index], targets, free, group_size=1)
+        example = parallel.put(example, parallel.batch_sharding(self.programs.mesh))
         state, metrics = self.programs.update(state, self.held.frozen, [example], [(None,)], key)
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         seconds = time.perf_counter() - start
         return StepResult(state, values | {"time/update": seconds, "step_time": seconds}, [])
-
-    def _example(self, index: np.ndarray) -> Rollout:
-        """Targets as a finished rollout, so that the loss sees what it always sees."""
-        template = self.train.template[index]
-        free = template == self.recipe.model.mask_token_id
-        zeros, rows = np.zeros(template.shape, np.float32), np.arange(len(index), dtype=np.int32)
-        fields: dict[str, Any] = {
-            "prompt": self.train.prompt[index],
-            "prompt_valid": self.train.prompt_valid[index],
-            "tokens": self.targets[index],
-            "reveal_step": np.where(free, 0, TEMPLATE).astype(np.int32),
-            "log_prob": zeros,
-            "entropy": zeros,
-            "row": rows,
-            "group": rows,
-            "length": np.full(len(index), template.shape[1], np.int32),
-        }
-        return Rollout(**fields)
 
     def evaluate(self, state: TrainState, number: int) -> Evaluated | None:
         """Validation every so often; done when the solve rate reaches the target."""

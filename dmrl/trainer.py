@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmrl import models, parallel, processes, report, stages
+from dmrl import models, parallel, preferences, processes, report, stages
 from dmrl.checkpoint import Checkpoints
 from dmrl.console import Console
 from dmrl.held import Held
@@ -124,7 +124,7 @@ def train(
     recipe: Recipe,
     workdir: Path,
     config: Mapping[str, Any],
-    stage_two: type[stages.Reinforce] = stages.Reinforce,
+    stage_two: type[stages.Reinforce] | None = None,
 ) -> dict[str, float]:
     """Runs or resumes both stages; returns the final evaluation.
 
@@ -142,6 +142,8 @@ def train(
     mesh = parallel.make_mesh(**recipe.mesh)
     held = Held(recipe, mesh)
     warm = stages.WarmStart(recipe, mesh, held) if recipe.warm_start.steps else None
+    if stage_two is None:
+        stage_two = preferences.Preferences if recipe.preferences else stages.Reinforce
     reinforce = stage_two(recipe, mesh, held)
     # What the user can get wrong has been checked: now the workdir may be claimed.
     workdir.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from dmrl import tasks
-from dmrl.tasks import BLANK, sudoku
+from dmrl.tasks import BLANK, boards, sudoku
 
 PUZZLE = sudoku.Example("4320004330100004", "4321124334122134")
 
@@ -191,3 +191,64 @@ def test_published_sudoku_files(data_dir, split, size):
     assert all(sudoku.is_solution(e.puzzle, e.solution) for e in found)
     unique = sum(len(sudoku.solutions(e.puzzle)) == 1 for e in found)
     assert unique == {"d1": 376, "spg": 256}[split]  # published
+
+
+def test_boards_are_solved_like_by_enumeration():
+    for example in tasks.load("sudoku").examples("test_multi")[:50]:
+        every = sudoku.solutions(example.puzzle)
+        assert sorted(boards.solve(example.puzzle, most=300)) == every
+        assert len(boards.solve(example.puzzle)) == 2
+    assert len(boards.solve("0" * 16, most=300)) == 288
+    assert boards.solve("11" + "0" * 79) == []
+
+
+@pytest.fixture(scope="module")
+def nine():
+    return tasks.load("sudoku", size=9, blanks=(30, 50), train_size=3, held_out_size=3)
+
+
+def test_nine_by_nine_puzzles_have_one_solution(nine):
+    units = [[9 * i + j for j in range(9)] for i in range(9)]
+    units += [[9 * j + i for j in range(9)] for i in range(9)]
+    units += [
+        [27 * i + 3 * j + 9 * k + m for k in range(3) for m in range(3)]
+        for i in range(3)
+        for j in range(3)
+    ]
+    splits = {s: nine.examples(s) for s in ("train", "validation", "test")}
+    for example in (e for found in splits.values() for e in found):
+        assert all({example.solution[c] for c in unit} == set("123456789") for unit in units)
+        assert boards.solve(example.puzzle) == [example.solution]
+        assert 30 <= example.puzzle.count("0") <= 50
+    grids = [{e.solution for e in found} for found in splits.values()]
+    assert [len(g) for g in grids] == [3, 3, 3]
+    assert not grids[0] & grids[1]
+    assert not (grids[0] | grids[1]) & grids[2]
+    assert nine.examples("test") == splits["test"]
+
+
+@pytest.mark.parametrize("style", ["compact", "grid", "published"])
+def test_nine_by_nine_answers(nine, style):
+    task = tasks.load("sudoku", size=9, style=style)
+    for example in nine.examples("test"):
+        answer = task.answer(example)
+        assert task.score(example, answer)["solved"] == 1.0
+        assert set(task.prompt(example)) | set(answer) <= set(task.alphabet)
+        cell = example.puzzle.index("0")
+        wrong = str(int(example.solution[cell]) % 9 + 1)
+        board = example.solution[:cell] + wrong + example.solution[cell + 1 :]
+        spoiled = task.score(example, task.answer(example._replace(solution=board)))
+        empty = example.puzzle.count("0")
+        assert spoiled["solved"] == 0.0
+        assert spoiled["cells"] == pytest.approx((empty - 1) / empty)
+    if style != "published":
+        drawn = task.template(example)
+        cells = "".join(drawn[c] for row in task.grid for c in row)
+        assert cells == example.puzzle.replace("0", BLANK)
+
+
+def test_nine_by_nine_has_no_published_splits():
+    with pytest.raises(ValueError, match="split='d1' is not one of 'train', 'validation', 'test'"):
+        tasks.load("sudoku", size=9).examples("d1")
+    with pytest.raises(ValueError, match="size=5 is not one of 4, 9"):
+        tasks.load("sudoku", size=5)

@@ -219,10 +219,11 @@ def sample(
     counts = config.reveals(jnp.sum(masks, axis=-1)).reshape(template.shape[0], config.steps)
     number = jnp.arange(config.steps, dtype=jnp.int32)
     start = number // (config.steps // config.blocks) * width
-    schedule, first = (number, start, counts.T), None
+    schedule: tuple[Any, ...] = (number, start, counts.T)
+    first = None
     if group_size > 1:
-        carry, first = maybe_reveal(carry, tuple(x[0] for x in schedule), group_size)
-        schedule = tuple(x[1:] for x in schedule)
+        carry, first = maybe_reveal(carry, jax.tree.map(lambda x: x[0], schedule), group_size)
+        schedule = jax.tree.map(lambda x: x[1:], schedule)
     (tokens, reveal_step, log_prob, entropy), kept = jax.lax.scan(maybe_reveal, carry, schedule)
     if first is not None:
         kept = jnp.concatenate([first[None], kept])

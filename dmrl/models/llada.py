@@ -312,16 +312,14 @@ class LLaDA(nn.Module):
             name: tree["blocks"] for name, tree in self.variables.items() if "blocks" in tree
         }
 
-        def weights(layer: int | jax.Array) -> Any:
-            return jax.tree.map(lambda leaf: leaf[layer], stacked)
-
-        def step(x: jax.Array, layer: jax.Array) -> tuple[jax.Array, None]:
-            return block.apply(weights(layer), x, valid, turns)
+        def apply(x: jax.Array, layer: int | jax.Array, window: Window | None = None) -> Any:
+            weights = jax.tree.map(lambda leaf: leaf[layer], stacked)
+            return block.apply(weights, x, valid, turns, window)
 
         before = cfg.n_layers - 1
         unroll = 1 if cfg.remat != "none" else max(before, 1)
-        x, _ = jax.lax.scan(step, x, jnp.arange(before), unroll=unroll)
-        return block.apply(weights(before), x, valid, turns, window)[0]
+        x, _ = jax.lax.scan(apply, x, jnp.arange(before), unroll=unroll)
+        return apply(x, before, window)[0]
 
 
 def init(cfg: Config, key: jax.Array) -> dict[str, Any]:

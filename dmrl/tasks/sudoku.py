@@ -1,6 +1,7 @@
-"""4x4 Sudoku: every puzzle of all 288 grids, split so that no solution is shared.
+"""Sudoku, 4x4 and 9x9: generated so that no two splits share a solution.
 
-A puzzle is 16 characters read row by row, '0' for an empty cell. Two published prompt and
+The 4x4 puzzles are drawn from every puzzle of all 288 grids. A puzzle is 16 or 81 characters
+read row by row, '0' for an empty cell. Two published prompt and
 scoring conventions meet here: d1 scores empty cells against one given solution, which
 penalises other valid answers of a puzzle with several; the default reward checks the rules.
 """
@@ -8,7 +9,9 @@ penalises other valid answers of a puzzle with several; the default reward check
 import csv
 import functools
 import itertools
+import math
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dmrl.tasks import BLANK, parsers
+from dmrl.tasks import BLANK, boards, parsers
 from dmrl.tasks.answers import FORMAT, PROTOCOLS, TEXT, finished, last_answer
 from dmrl.tasks.options import at_least, data_file, one_of, span
 
@@ -25,27 +28,40 @@ TRAIN_GRIDS, HELD_OUT_GRIDS = 200, 44
 
 _GENERATED = ("train", "validation", "test")
 _PUBLISHED = {"d1": "sudoku/d1_4x4_test.csv", "spg": "sudoku/spg_4x4_test.csv"}
+_BUCKETS = {"train": range(2, 8), "validation": range(1, 2), "test": range(1)}
+"""The hash values, of 8, that belong to each split of 9x9 puzzles."""
 _SPLITS = (*_GENERATED, "validation_multi", "test_multi", *_PUBLISHED)
 
 _ROWS = np.arange(CELLS).reshape(4, 4)
 _BOXES = _ROWS.reshape(2, 2, 2, 2).swapaxes(1, 2).reshape(4, 4)
-_UNITS: list[list[int]] = np.concatenate([_ROWS, _ROWS.T, _BOXES]).tolist()
 
-_DRAWN = "{}{}|{}{}\n{}{}|{}{}\n--+--\n{}{}|{}{}\n{}{}|{}{}"
-"""The board of the grid style."""
-_LINES = {i: c for i, c in enumerate(_DRAWN.replace("{}", "0")) if c != "0"}
+
+@functools.cache
+def _drawing(cells: int) -> str:
+    """The board of the grid style, "{}" for a cell."""
+    box = math.isqrt(math.isqrt(cells))
+    band = "\n".join(["|".join(["{}" * box] * box)] * box)
+    return f"\n{'+'.join(['-' * box] * box)}\n".join([band] * box)
+
+
+@functools.cache
+def _lines(cells: int) -> dict[int, str]:
+    """Where the drawing has lines and line breaks."""
+    drawn = _drawing(cells).replace("{}", "0")
+    return {i: c for i, c in enumerate(drawn) if c != "0"}
+
 
 _BLANKS = (np.arange(1 << CELLS)[:, None] >> np.arange(CELLS) & 1).astype(bool)
 """[65536, 16] the empty cells of every blank mask; bit c stands for cell c."""
 
-_PROMPT = """Solve a 4x4 Sudoku puzzle. It is given as 16 characters, row by row from the top \
-left, and 0 marks an empty cell.
+_PROMPT = """Solve a {size}x{size} Sudoku puzzle. It is given as {cells} characters, row by row \
+from the top left, and 0 marks an empty cell.
 
 Rules:
-- Every empty cell takes a digit from 1 to 4.
-- Each row, each column and each 2x2 box holds the digits 1, 2, 3 and 4 exactly once.
+- Every empty cell takes a digit from 1 to {size}.
+- Each row, each column and each {box}x{box} box holds the digits {digits} exactly once.
 
-Give the whole solved grid as one string of 16 digits from 1 to 4, without spaces or \
+Give the whole solved grid as one string of {cells} digits from 1 to {size}, without spaces or \
 separators, between <answer> and </answer>.
 
 Solve the following Sudoku puzzle: {puzzle}
@@ -53,7 +69,7 @@ Solve the following Sudoku puzzle: {puzzle}
 
 
 class Example(NamedTuple):
-    """A puzzle ('0' for an empty cell) and one of its solutions, 16 characters each."""
+    """A puzzle ('0' for an empty cell) and one of its solutions, 16 or 81 characters each."""
 
     puzzle: str
     solution: str
@@ -61,23 +77,27 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """4x4 Sudoku.
+    """Sudoku.
 
     Splits:
       train, validation, test: puzzles with exactly one solution, among 200, 44 and 44 grids
         that no two splits share.
       validation_multi, test_multi: puzzles with two or more solutions, all of them among the
         44 grids of that split; `Example.solution` is one of them.
-      d1, spg: the published test files of d1 (500 puzzles, 124 of them with several
+        These two are for 4x4 alone. 9x9 puzzles have one solution; a hash of it says which
+        split they belong to.
+      d1, spg: the published 4x4 test files of d1 (500 puzzles, 124 of them with several
         solutions) and SPG (256). Their solutions are not kept out of `train`.
 
     All puzzles of a split are distinct. A split has fewer than asked for when no more exist.
     """
 
+    size: int = 4
+    """4 or 9."""
     style: str = "compact"
-    """'compact': no prompt, the board's 16 characters are the template. 'grid': the same with
-    lines drawn between rows and boxes, 29 characters; a small model learns the rules from it
-    far sooner. 'published': d1's format, rules and puzzle in the prompt, free text with an
+    """'compact': no prompt, the board's characters are the template. 'grid': the same with
+    lines drawn between rows and boxes, 29 characters for 4x4; a small model learns the rules
+    from it far sooner. 'published': d1's format, rules and puzzle in the prompt, free text with an
     <answer> in the completion."""
     reward: str = "board"
     """'board': 1 for a board that keeps the givens and obeys the rules, else 0.
@@ -89,7 +109,8 @@ class Task:
     of the given solution. The reward is not touched."""
     blanks: Sequence[int] = (4, 12)
     """Fewest and most empty cells of a generated puzzle; all numbers are equally frequent as
-    far as puzzles exist. No puzzle with more than 12 has one solution."""
+    far as puzzles exist. No 4x4 puzzle with more than 12 has one solution; in a 9x9 puzzle
+    there are fewer than asked for where all others are needed (common from 50 on)."""
     split_seed: int = 0
     """Divides the grids between the splits and draws the puzzles."""
     train_size: int = 10_000
@@ -103,7 +124,10 @@ class Task:
         one_of("style", self.style, ("compact", "grid", "published"))
         one_of("reward", self.reward, ("board", "cells"))
         one_of("protocol", self.protocol, PROTOCOLS)
-        object.__setattr__(self, "blanks", span("blanks", self.blanks, 1, 12))
+        if self.size not in (4, 9):
+            raise ValueError(f"size={self.size!r} is not one of 4, 9")
+        most = 12 if self.size == 4 else 60
+        object.__setattr__(self, "blanks", span("blanks", self.blanks, 1, most))
         at_least("split_seed", self.split_seed, 0)
         at_least("train_size", self.train_size, 1)
         at_least("held_out_size", self.held_out_size, 1)
@@ -111,17 +135,21 @@ class Task:
     @property
     def alphabet(self) -> str:
         """Digits and lines of the board, or printable ASCII for the published prompts."""
-        lines = "".join(sorted(set(_LINES.values())))
-        return {"compact": "1234", "grid": "1234" + lines, "published": TEXT}[self.style]
+        lines, digits = "".join(sorted(set(_lines(self._cells).values()))), _digits(self.size)
+        return {"compact": digits, "grid": digits + lines, "published": TEXT}[self.style]
+
+    @property
+    def _cells(self) -> int:
+        return self.size * self.size
 
     @property
     def grid(self) -> list[list[int]] | None:
         """Which positions of a completion are the cells, row by row; None if it is free text."""
         if self.style == "published":
             return None
-        width = len(_DRAWN.format(*"0" * CELLS)) if self.style == "grid" else CELLS
-        cells = [i for i in range(width) if self.style == "compact" or i not in _LINES]
-        return [cells[i : i + 4] for i in range(0, CELLS, 4)]
+        lines = _lines(self._cells) if self.style == "grid" else {}
+        cells = [i for i in range(self._cells + len(lines)) if i not in lines]
+        return [cells[i : i + self.size] for i in range(0, self._cells, self.size)]
 
     def examples(self, split: str) -> Sequence[Example]:
         """The puzzles of a split, shuffled; the same on every call.
@@ -130,7 +158,9 @@ class Task:
           ValueError: for an unknown split, or a published one without a data directory.
           FileNotFoundError: when the published file is not there.
         """
-        one_of("split", split, _SPLITS)
+        one_of("split", split, _SPLITS if self.size == 4 else _GENERATED)
+        if self.size == 9:
+            return self._nine(split)
         if split in _PUBLISHED:
             with data_file(self.data_dir, _PUBLISHED[split]).open(newline="") as file:
                 return [Example(row["Puzzle"], row["Solution"]) for row in csv.DictReader(file)]
@@ -148,7 +178,24 @@ class Task:
         """Empty unless published: the template says it all."""
         if self.style != "published":
             return ""
-        return f"{FORMAT}\n{_PROMPT.format(puzzle=example.puzzle)}"
+        digits, box = ", ".join(_digits(self.size)), math.isqrt(self.size)
+        digits = " and ".join(digits.rsplit(", ", 1))
+        values = {"size": self.size, "cells": self._cells, "box": box, "digits": digits}
+        return f"{FORMAT}\n{_PROMPT.format(puzzle=example.puzzle, **values)}"
+
+    def _nine(self, split: str) -> list[Example]:
+        """9x9 puzzles, some 0.05 s each."""
+        rng = np.random.default_rng([self.split_seed, 9, _GENERATED.index(split)])
+        size = self.train_size if split == "train" else self.held_out_size
+        wanted = range(self.blanks[0], self.blanks[1] + 1)
+        found: dict[str, Example] = {}
+        while len(found) < size:
+            grid = boards.random_grid(rng, self._cells)
+            while zlib.crc32(f"{self.split_seed} {grid}".encode()) % 8 not in _BUCKETS[split]:
+                grid = boards.relabelled(rng, grid)
+            puzzle = boards.dig(rng, grid, wanted[len(found) % len(wanted)])
+            found.setdefault(puzzle, Example(puzzle, grid))
+        return [list(found.values())[i] for i in rng.permutation(len(found))]
 
     def template(self, example: Example) -> str | None:
         """The board with BLANK in its empty cells; None in the published style."""
@@ -190,7 +237,7 @@ class Task:
         cells = _right_cells(example, board)
         reward = solved if self.reward == "board" else cells
         if self.style == "published" and self.protocol != "paper":
-            cells = _right_cells(example, parsers.sudoku(completion).ljust(CELLS, "0"))
+            cells = _right_cells(example, parsers.sudoku(completion).ljust(self._cells, "0"))
             solved = float(cells == 1.0)
         return {"reward": reward, "solved": solved, "cells": cells}
 
@@ -202,46 +249,50 @@ class Task:
         """The example of a saved generation: the puzzle in its question, and its solution.
 
         Raises:
-          ValueError: no puzzle of 16 digits stands in the question.
+          ValueError: no puzzle of 16 (or 81) digits stands in the question.
         """
-        found = re.search("[0-4]{16}", question)
+        found = re.search(f"[0-{self.size}]{{{self._cells}}}", question)
         if found is None:
-            raise ValueError(f"no puzzle of 16 digits from 0 to 4 in {question!r}")
+            raise ValueError(
+                f"no puzzle of {self._cells} digits from 0 to {self.size} in {question!r}"
+            )
         return Example(found.group(), str(truth))
 
     def _drawn(self, board: str) -> str:
-        return _DRAWN.format(*board) if self.style == "grid" else board
+        return _drawing(self._cells).format(*board) if self.style == "grid" else board
 
     def _board(self, completion: str) -> str:
         """The cells of a completion in order; "" where the lines are not as drawn."""
         if self.style == "published":
             paper = self.protocol == "paper"
-            return _published_board(finished(completion) if paper else completion)
+            return _published_board(finished(completion) if paper else completion, self._cells)
         if self.style == "compact":
             return completion
-        intact = all(completion[i : i + 1] == line for i, line in _LINES.items())
-        if not intact or len(completion) != CELLS + len(_LINES):
+        lines = _lines(self._cells)
+        intact = all(completion[i : i + 1] == line for i, line in lines.items())
+        if not intact or len(completion) != self._cells + len(lines):
             return ""
-        return "".join(c for i, c in enumerate(completion) if i not in _LINES)
+        return "".join(c for i, c in enumerate(completion) if i not in lines)
 
 
 def _right_cells(example: Example, board: str) -> float:
     """Fraction of the empty cells that agree with the given solution."""
-    wanted = [c for c in range(CELLS) if example.puzzle[c] == "0"]
+    wanted = [c for c, given in enumerate(example.puzzle) if given == "0"]
     right = sum(board[c : c + 1] == example.solution[c] for c in wanted)
     return right / len(wanted) if wanted else 0.0
 
 
 def is_solution(puzzle: str, board: str) -> bool:
-    """Whether `board` is 16 digits that keep the puzzle's givens and obey the rules."""
-    if len(board) != CELLS:
+    """Whether `board` keeps the puzzle's givens and obeys the rules."""
+    if len(board) != len(puzzle):
         return False
+    digits = set(_digits(math.isqrt(len(puzzle))))
     keeps = all(given in ("0", cell) for given, cell in zip(puzzle, board, strict=True))
-    return keeps and all({board[c] for c in unit} == set("1234") for unit in _UNITS)
+    return keeps and all({board[c] for c in unit} == digits for unit in boards.units(len(puzzle)))
 
 
 def solutions(puzzle: str) -> list[str]:
-    """All solutions of a puzzle, sorted.
+    """All solutions of a 4x4 puzzle, sorted.
 
     Raises:
       ValueError: unless the puzzle is 16 characters from 0 to 4.
@@ -336,7 +387,11 @@ def _texts(boards: NDArray[np.uint8]) -> list[str]:
     return [text[i : i + CELLS] for i in range(0, len(text), CELLS)]
 
 
-def _published_board(completion: str) -> str:
-    """d1's reading of an answer: its digits, cut or filled up with '0' to 16 cells."""
+def _digits(size: int) -> str:
+    return "123456789"[:size]
+
+
+def _published_board(completion: str, cells: int) -> str:
+    """d1's reading of an answer: its digits, cut or filled up with '0'."""
     digits = filter(str.isdigit, last_answer(completion) or "")
-    return "".join(itertools.islice(digits, CELLS)).ljust(CELLS, "0")
+    return "".join(itertools.islice(digits, cells)).ljust(cells, "0")

@@ -197,7 +197,9 @@ class Programs:
             row = first_row + jnp.arange(prompt.shape[0], dtype=jnp.int32)
             draw_key, probe_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
             context = (prompt, valid, template, row, row // size)
-            done = sampler.sample(denoiser, *context, draw_key, sampling, drafts, size)
+            # Whole groups on every device, or the first of each would have to travel.
+            alike = size if len(prompts[0]) % parallel.batch_shards(self.mesh) == 0 else 1
+            done = sampler.sample(denoiser, *context, draw_key, sampling, drafts, alike)
             probes = [self._probe(denoiser, done, term, probe_key) for term in self.terms]
             return done, tuple(probes)
 

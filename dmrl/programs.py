@@ -109,20 +109,20 @@ class Programs:
     def init_state(self, trainable: Any) -> TrainState:
         """Step 0, laid out over the mesh."""
         trainable = jax.device_put(trainable, parallel.shardings(self.mesh, trainable))
-
-        def others(trainable):
-            return TrainState(
-                jnp.zeros((), jnp.int32),
-                None,
-                self.optimizer.init(trainable),
-                _copy(trainable) if self.phases else None,
-                _copy(trainable) if self.ema else None,
-            )
-
-        layout = parallel.shardings(self.mesh, jax.eval_shape(others, trainable))
+        layout = parallel.shardings(self.mesh, jax.eval_shape(self.beside, trainable))
         with jax.set_mesh(self.mesh):
-            state = jax.jit(others, out_shardings=layout)(trainable)
+            state = jax.jit(self.beside, out_shardings=layout)(trainable)
         return state._replace(trainable=trainable)
+
+    def beside(self, trainable: Any) -> TrainState:
+        """Step 0 without `trainable` itself; a pure function."""
+        return TrainState(
+            jnp.zeros((), jnp.int32),
+            None,
+            self.optimizer.init(trainable),
+            _copy(trainable) if self.phases else None,
+            _copy(trainable) if self.ema else None,
+        )
 
     def next_phase(self, state: TrainState) -> TrainState:
         """The policy's average (or the policy) becomes both policy and teacher; Adam restarts."""

@@ -59,9 +59,11 @@ def test_a_compiler_out_of_memory_is_a_result_and_anything_else_an_error():
 
 def test_the_page_names_what_is_unknown(tmp_path):
     known = {"all-gather": hlo.Sent(3, 2e9)}
-    fit_page.save(tmp_path / "s.json", "a:b", [result(collectives=known, unknown_loops=2)])
+    fit_page.save(
+        tmp_path / "s.json", "a:b", "abc1234", [result(collectives=known, unknown_loops=2)]
+    )
     again = result(peak=20e9, change=("a larger slice",))
-    fit_page.save(tmp_path / "s.json", "a:b", [again, result("rollout")])
+    fit_page.save(tmp_path / "s.json", "a:b", "abc1234", [again, result("rollout")])
     page = (tmp_path / "s.md").read_text()
     assert page.count("| v5e-16 |") == 2  # the first result was replaced
     assert "collectives unknown" in page

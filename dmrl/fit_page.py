@@ -123,7 +123,8 @@ def page(fits: Sequence[Mapping[str, Any]], path: Path) -> str:
         "is the larger side of every collective of one run, loops unrolled. Work is the matrix "
         "products of one run on all devices (analytic), roofline the slower of a step's products "
         "and collectives at published peak rates (predicted): no program reaches it. Nothing on "
-        "this page is measured but the time to compile, on a busy machine of 2 cores.",
+        "this page is measured but the time to compile, on a busy machine of 2 cores. What is not "
+        "listed has not been compiled.",
     ]
     for label in dict.fromkeys(f["label"] for f in fits):
         lines += ["", f"## {label}", ""]

@@ -26,13 +26,13 @@ RULES = {
     "dmrl.diffusion": Doors(NUMERIC, {"dmrl.types"}),
     "dmrl.algorithms": Doors({"jax", "jaxtyping"}, {"dmrl.types", "dmrl.diffusion"}),
     "dmrl.models": Doors(NUMERIC | {"flax", "tensorstore"}, {"dmrl.types"}),
-    "dmrl.tasks": Doors({"numpy", "math_verify"}, {"dmrl.sandbox"}),
+    "dmrl.tasks": Doors({"numpy", "math_verify"}, {"dmrl.sandbox", "dmrl.sources"}),
+    "dmrl.sources": Doors(set(), set()),
+    "dmrl.builder": Doors({"numpy", "tensorflow_datasets"}, set()),
     "dmrl.sandbox": Doors(set(), set()),
     "dmrl.confined": Doors(set(), set()),
     "dmrl.tokenizer": Doors({"numpy", "tokenizers", "transformers"}, {"dmrl.tasks"}),
-    "dmrl.data": Doors(
-        {"numpy", "grain", "datasets", "tensorflow_datasets"}, {"dmrl.tasks", "dmrl.tokenizer"}
-    ),
+    "dmrl.data": Doors({"numpy", "grain"}, {"dmrl.tasks", "dmrl.tokenizer"}),
     "dmrl.protocol": Doors({"numpy"}, {"dmrl.tasks"}),
     "dmrl.report": Doors({"numpy"}, set()),
     "dmrl.cost": Doors({"numpy"}, set()),

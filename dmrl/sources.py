@@ -11,6 +11,7 @@
 Nothing but the standard library is imported until a source asks for it.
 """
 
+import functools
 import gzip
 import importlib
 import io
@@ -121,7 +122,7 @@ def _jsonl(place: str) -> Source:
     files = {n.partition(".")[0]: f"{place.rstrip('/')}/{n}" for n in names if n.endswith(endings)}
     if not files:
         raise ValueError(f"source jsonl:{place}: the folder holds no SPLIT.jsonl")
-    return {split: lambda file=file: lines(file) for split, file in sorted(files.items())}
+    return {split: functools.partial(lines, file) for split, file in sorted(files.items())}
 
 
 def _numbered(source: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
@@ -162,8 +163,7 @@ def _hf(place: str) -> Source:
         raise ValueError(f"source={source!r}: no split {split!r} among {', '.join(found)}")
     kept = {_split_of(split): found[split]} if split else found
     return {
-        part: lambda part=part, rows=rows: _numbered(f"{source} {part}", rows)
-        for part, rows in kept.items()
+        part: functools.partial(_numbered, f"{source} {part}", rows) for part, rows in kept.items()
     }
 
 
@@ -234,15 +234,12 @@ def _tfds(place: str) -> Source:
             f"source={source!r} is not prepared in {builder.data_path}: let one host write it "
             "(launch/data.py, or tfds build --file_format=array_record)"
         )
-    return {
-        part: lambda part=part: _numbered(f"{source} {part}", _items(builder, part))
-        for part in builder.info.splits
-    }
+    return {part: functools.partial(_items, builder, source, part) for part in builder.info.splits}
 
 
-def _items(builder: Any, part: str) -> Iterator[Mapping[str, Any]]:
+def _items(builder: Any, source: str, part: str) -> Iterator[Row]:
     rows = builder.as_data_source(part)
-    return (rows[i] for i in range(len(rows)))
+    return _numbered(f"{source} {part}", (rows[i] for i in range(len(rows))))
 
 
 KINDS: dict[str, Callable[[str], Source]] = {"jsonl": _jsonl, "hf": _hf, "tfds": _tfds}

@@ -241,6 +241,10 @@ class Task:
             "answered": float(answer is not None),
         }
 
+    def truth(self, example: Example) -> Any:
+        """What `recorded` makes the example of again, beside its prompt: [numbers, target]."""
+        return [list(example.numbers), example.target]
+
     def recorded(self, question: str, truth: Any) -> Example:
         """The example of a saved generation, whose truth is [numbers, target]."""
         numbers, target = truth

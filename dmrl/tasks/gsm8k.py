@@ -115,6 +115,10 @@ class Task:
         """
         return divided(self, split, lambda r: _example(r["question"], r["answer"]), _FIELDS)
 
+    def truth(self, example: Example) -> Any:
+        """What `recorded` makes the example of again, beside its prompt: its answer as a number."""
+        return example.answer or None
+
     def recorded(self, question: str, truth: Any) -> Example:
         """The example of a saved generation: its question, and its answer as a number.
 

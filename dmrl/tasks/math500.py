@@ -102,6 +102,10 @@ class Task:
         """
         return divided(self, split, _example)
 
+    def truth(self, example: Example) -> Any:
+        """What `recorded` makes the example of again, beside its prompt: its answer in LaTeX."""
+        return example.answer
+
     def recorded(self, question: str, truth: Any) -> Example:
         """The example of a saved generation: its question and its answer in LaTeX."""
         return Example(question, str(truth))

@@ -3,7 +3,7 @@
 import functools
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,12 +117,11 @@ def divided(
 
 def published(task: Any) -> sources.Source:
     """The files of a task below its `data_dir`; they need not exist until they are read."""
-    return {
-        split: lambda split=split: sources.lines(
-            data_file(task.data_dir, f"{task.published}/{split}.jsonl")
-        )
-        for split in ("train", "test")
-    }
+
+    def lines(split: str) -> Iterator[sources.Row]:
+        return sources.lines(data_file(task.data_dir, f"{task.published}/{split}.jsonl"))
+
+    return {split: functools.partial(lines, split) for split in ("train", "test")}
 
 
 def _cut(

@@ -257,6 +257,10 @@ class Task:
         """The number of empty cells, over which the authors average."""
         return example.puzzle.count("0")
 
+    def truth(self, example: Example) -> Any:
+        """What `recorded` makes the example of again, beside its prompt: the given solution."""
+        return example.solution
+
     def recorded(self, question: str, truth: Any) -> Example:
         """The example of a saved generation: the puzzle in its question, and its solution.
 

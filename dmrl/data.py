@@ -20,18 +20,30 @@ class Prompts(NamedTuple):
 
 
 def tokenize(
-    task: Task, tokenizer: Any, split: str, prompt_length: int, length: int, mask_id: int
+    task: Task,
+    tokenizer: Any,
+    split: str,
+    prompt_length: int | None,
+    length: int,
+    mask_id: int,
+    prefill: str = "",
+    size: int | None = None,
 ) -> Prompts:
-    """All prompts and templates of a split.
+    """All prompts and templates of a split, or those of its first `size` examples.
+
+    `prompt_length` None: that of the longest prompt. `prefill` begins the assistant's turn.
 
     Raises:
       ValueError: the split is empty, a prompt is longer than `prompt_length`, or a template is
         not `length` tokens.
     """
-    examples = task.examples(split)
+    examples = task.examples(split)[:size]
     if not examples:
         raise ValueError(f"split {split!r} has no examples")
-    rows = [tokenization.encode_prompt(tokenizer, task.prompt(e)) for e in examples]
+    begun = tokenization.encode(tokenizer, prefill) if prefill else []
+    rows = [tokenization.encode_prompt(tokenizer, task.prompt(e)) + begun for e in examples]
+    if prompt_length is None:
+        prompt_length = max(map(len, rows))
     prompt, valid = tokenization.pad_left(rows, prompt_length, tokenizer.pad_token_id)
     template = np.array(
         [

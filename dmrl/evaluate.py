@@ -1,5 +1,6 @@
 """Decode a held-out split and score it: yields (name, value) for every setting."""
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ class Decoded(NamedTuple):
     texts: list[str]
     scores: dict[str, NDArray[np.floating[Any]]]
     """The task's metrics by name, each [B]."""
+    seconds: tuple[float, ...] = ()
+    """Of each batch on the devices; the first one's include compiling."""
 
 
 def setting_name(sampling: Sampling) -> str:
@@ -38,21 +41,26 @@ def decode(
     batch: int,
     key: jax.Array,
 ) -> Decoded:
-    """Decodes every prompt with `programs.sampling`.
+    """Decodes every prompt with `programs.sampling`, `programs.group_size` times in a row.
 
     Noise follows the row number, so the result does not depend on `batch`.
     """
     parts: list[Rollout] = []
+    seconds: list[float] = []
+    size = programs.group_size
     for index, real in data.in_order(len(prompts.examples), batch):
         rows = tuple(x[index] for x in prompts[1:])
-        rollout, _ = programs.rollout(trainable, frozen, rows, int(index[0]), key)
+        start = time.perf_counter()
+        rollout, _ = programs.rollout(trainable, frozen, rows, int(index[0]) * size, key)
         rollout = parallel.gather(rollout)
-        parts.append(jax.tree.map(lambda x, n=real: x[:n], rollout))
+        seconds.append(time.perf_counter() - start)
+        parts.append(jax.tree.map(lambda x, n=real * size: x[:n], rollout))
     joined: Any = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
     cfg = programs.model
     texts = tokenizer.decode(tok, np.asarray(joined.tokens), cfg.mask_token_id, cfg.eos_token_id)
-    scores = scoring.rewards(task, tok, cfg, prompts.examples, joined.tokens)
-    return Decoded(joined, texts, scores)
+    examples = [e for e in prompts.examples for _ in range(size)]
+    scores = scoring.rewards(task, tok, cfg, examples, joined.tokens)
+    return Decoded(joined, texts, scores, tuple(seconds))
 
 
 def metrics(decoded: Decoded) -> Iterator[tuple[str, float]]:

@@ -182,6 +182,13 @@ class Programs:
         with jax.set_mesh(self.mesh):
             return self._update.trace(state, frozen, tuple(rollouts), tuple(probes), key)
 
+    @property
+    def stops_at_eos(self) -> bool:
+        """Whether nothing after a completion's EOS matters to any term (rewards never see it)."""
+        assert self.sampling is not None
+        blind = [getattr(t.algorithm, "BLIND_AFTER_EOS", False) for t in self.terms]
+        return self.sampling.blocks > 1 and all(blind)
+
     @functools.cached_property
     def _rollout(self) -> Any:
         assert self.sampling is not None
@@ -197,7 +204,10 @@ class Programs:
             row = first_row + jnp.arange(prompt.shape[0], dtype=jnp.int32)
             draw_key, probe_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
             context = (prompt, valid, template, row, row // size)
-            done = sampler.sample(denoiser, *context, draw_key, sampling, drafts, size)
+            # Whole groups on every device, or the first of each would have to travel.
+            alike = size if len(prompts[0]) % parallel.batch_shards(self.mesh) == 0 else 1
+            stop = self.stops_at_eos
+            done = sampler.sample(denoiser, *context, draw_key, sampling, drafts, alike, stop)
             probes = [self._probe(denoiser, done, term, probe_key) for term in self.terms]
             return done, tuple(probes)
 

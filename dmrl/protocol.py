@@ -77,42 +77,55 @@ def scores(task: Any, found: Sequence[Generation]) -> list[dict[str, float]]:
 
 
 def summary(task: Any, found: Sequence[Generation]) -> dict[str, Any]:
-    """The result of a file, JSON-able.
+    """The result of a file, JSON-able: see `summarized`."""
+    examples = [task.recorded(g.question, g.truth) for g in found]
+    return summarized(task, examples, scores(task, found), len({g.question for g in found}))
+
+
+def summarized(
+    task: Any, examples: Sequence[Any], each: Sequence[Mapping[str, float]], questions: int
+) -> dict[str, Any]:
+    """What the scores of completions say together, JSON-able.
+
+    Args:
+      examples, each: of every completion its example and its score.
+      questions: different questions among them.
 
     Returns:
-      n: generations; n_questions: different questions among them.
-      accuracy: share solved, with its 95% Wilson interval `accuracy_95`. For boards under
-        'd1' and 'spg' what these papers call so, the cell accuracy.
+      n: completions; n_questions.
+      accuracy: share solved, with its 95% Wilson interval `accuracy_95` (over questions, where
+        each was answered several times). For boards under 'd1' and 'spg' what these papers
+        call so, the cell accuracy.
       cell_accuracy, board_accuracy: of boards: right empty cells of all empty cells, and
         boards solved.
       string_accuracy: of mathematics, the share right by the string rule.
       reward, and every part of the score: means.
     """
-    each = scores(task, found)
     mean = {name: float(np.mean([s[name] for s in each])) for name in each[0]}
     solved, n = mean.pop("solved"), len(each)
-    low, high = interval(solved * n, n)
+    sampled = bool(questions) and n % questions == 0 and n > questions
+    low, high = interval(solved * questions, questions) if sampled else interval(solved * n, n)
     result: dict[str, Any] = {
         "n": n,
-        "n_questions": len({g.question for g in found}),
+        "n_questions": questions,
         "accuracy": solved,
         "accuracy_95": [low, high],
     }
     if hasattr(task, "empty"):
-        empty = [task.empty(task.recorded(g.question, g.truth)) for g in found]
-        cells = float(np.average([s["cells"] for s in each], weights=empty))
+        cells = float(np.average([s["cells"] for s in each], weights=[*map(task.empty, examples)]))
         result |= {"cell_accuracy": cells, "board_accuracy": solved}
-        if task.protocol != "paper":
+        if getattr(task, "protocol", "paper") != "paper":
             result |= {"accuracy": cells, "accuracy_95": None}
     if "string" in mean:
         result["string_accuracy"] = mean.pop("string")
-    return _rounded(result | {"means": mean})
+    return rounded(result | {"means": mean})
 
 
 def described(task: Any) -> dict[str, Any]:
     """The options that a result depends on, and the scorer's version."""
     options = dataclasses.asdict(task)
-    kept = ("style", "protocol", *(["equality"] if task.protocol == "paper" else []))
+    paper = options.get("protocol", "paper") == "paper"
+    kept = ("style", "protocol", *(["equality"] if paper else []))
     return {"scorer": SCORER} | {name: options[name] for name in kept if name in options}
 
 
@@ -124,10 +137,10 @@ def interval(successes: float, count: int) -> tuple[float, float]:
     return float(centre - half), float(centre + half)
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Floats to six decimals, so that a line can be read."""
     if isinstance(value, Mapping):
-        return {k: _rounded(v) for k, v in value.items()}
+        return {k: rounded(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_rounded(v) for v in value]
+        return [rounded(v) for v in value]
     return round(value, 6) if isinstance(value, float) else value

@@ -18,6 +18,7 @@ STEPS = 4
 class Oracle:
     """Programs whose sampler solves even rows and fills odd ones with 1, in two steps."""
 
+    group_size = 1
     model = models.Config(
         vocab_size=len(TOK), mask_token_id=TOK.mask_token_id, eos_token_id=TOK.eos_token_id
     )

@@ -186,14 +186,25 @@ def _read_slice(store: ts.TensorStore, index: tuple[slice, ...]) -> np.ndarray:
     return np.asarray(store[index].read().result())
 
 
+def collection_in(directory: str | os.PathLike[str]) -> str:
+    """What a checkpoint holds: 'params' or 'lora'.
+
+    Raises FileNotFoundError where there is none.
+    """
+    return str(_model(directory)["collection"])
+
+
+def _model(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    found = ts.KvStore.open(_kvstore(directory)).result().read(MODEL_FILE).result()
+    if found.state != "value":
+        raise FileNotFoundError(f"{os.fspath(directory)} is no checkpoint: no {MODEL_FILE} in it")
+    return dict(json.loads(found.value))
+
+
 def _open(
     directory: str | os.PathLike[str], collection: str
 ) -> tuple[Config, dict[str, ts.TensorStore]]:
-    root = _kvstore(directory)
-    found = ts.KvStore.open(root).result().read(MODEL_FILE).result()
-    if found.state != "value":
-        raise FileNotFoundError(f"{os.fspath(directory)} is no checkpoint: no {MODEL_FILE} in it")
-    model = json.loads(found.value)
+    model = _model(directory)
     if model["collection"] != collection:
         raise ValueError(
             f"{os.fspath(directory)} holds {model['collection']!r}, not {collection!r}"

@@ -25,7 +25,7 @@ from dmrl.tasks.answers import (
     last_answer,
 )
 from dmrl.tasks.arithmetic import Term, evaluate, literals, solve
-from dmrl.tasks.options import at_least, one_of, rows, span
+from dmrl.tasks.options import at_least, divided, one_of, rows, source_of_rows, span
 
 _BUCKETS = {"train": range(2, 8), "validation": range(1, 2), "test": range(1)}
 """The hash values, of 8, that belong to each split."""
@@ -110,6 +110,9 @@ class Task:
     """Puzzles in 'train'."""
     held_out_size: int = 1024
     """Puzzles in 'validation' and in 'test'."""
+    source: str = "generated"
+    """'generated', or rows of a data set with the fields of `Example`: `jsonl:PATH`,
+    `hf:NAME[/CONFIG][:SPLIT]`, `tfds:NAME` (see `dmrl.sources`), which launch/data.py writes."""
     data_dir: str | None = None
     """Directory holding countdown/cd3_test.jsonl for 'published'; default $DMRL_DATA."""
 
@@ -118,6 +121,7 @@ class Task:
         one_of("protocol", self.protocol, PROTOCOLS)
         for name, low, high in (("numbers", 2, 6), ("values", 1, 1000), ("targets", 1, 10_000)):
             object.__setattr__(self, name, span(name, getattr(self, name), low, high))
+        source_of_rows(self.source, "generated")
         at_least("split_seed", self.split_seed, 0)
         at_least("train_size", self.train_size, 1)
         at_least("held_out_size", self.held_out_size, 1)
@@ -143,6 +147,8 @@ class Task:
         one_of("split", split, _SPLITS)
         if split == "published":
             return _published(self.data_dir)
+        if self.source != "generated":
+            return divided(self, split, _example)
         rng = np.random.default_rng([self.split_seed, _SPLITS.index(split)])
         size = self.train_size if split == "train" else self.held_out_size
         found = []
@@ -235,6 +241,10 @@ class Task:
             "answered": float(answer is not None),
         }
 
+    def truth(self, example: Example) -> Any:
+        """What `recorded` makes the example of again, beside its prompt: [numbers, target]."""
+        return [list(example.numbers), example.target]
+
     def recorded(self, question: str, truth: Any) -> Example:
         """The example of a saved generation, whose truth is [numbers, target]."""
         numbers, target = truth
@@ -282,6 +292,15 @@ def _worked(solution: str) -> list[str]:
 
     value(ast.parse(solution, mode="eval").body)
     return lines
+
+
+def _example(row: dict[str, Any]) -> Example:
+    """A row: `numbers` (or `nums`, as some collections call them), `target`, perhaps `solution`."""
+    numbers = row["nums"] if "nums" in row else row["numbers"]
+    example = Example(tuple(map(int, numbers)), int(row["target"]), row.get("solution") or "")
+    if example.solution and evaluate(example.solution) != example.target:
+        raise ValueError(f"solution {example.solution!r} does not reach {example.target}")
+    return example
 
 
 def _published(data_dir: str | None) -> list[Example]:

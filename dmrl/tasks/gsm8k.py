@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 
 from dmrl.tasks import equality, latex, parsers, tags
 from dmrl.tasks.answers import PROTOCOLS, TEXT, answer_or_box, finished, rendered
-from dmrl.tasks.options import at_least, divided, equality_rule, one_of, rows, shots_of
+from dmrl.tasks.options import (
+    at_least,
+    divided,
+    equality_rule,
+    one_of,
+    rows,
+    shots_of,
+    source_of_rows,
+)
 
 _INSTRUCTION = "You are a math expert. You will be given a question to solve. Solve it step by \
 step. Wrap the final answer in a \\boxed{}. "
@@ -67,6 +75,9 @@ class Task:
     """Draws validation and the worked examples."""
     held_out_size: int = 512
     """Questions in 'validation'."""
+    source: str = "published"
+    """'published': the files below `data_dir`. Or `jsonl:PATH`, `hf:NAME[/CONFIG][:SPLIT]`,
+    `tfds:NAME` (see `dmrl.sources`), with the same fields."""
     data_dir: str | None = None
     """Directory holding gsm8k/train.jsonl and test.jsonl, with fields question and answer;
     default $DMRL_DATA."""
@@ -75,9 +86,15 @@ class Task:
         one_of("style", self.style, ("published", "evaluation", "compact"))
         one_of("protocol", self.protocol, PROTOCOLS)
         equality_rule(self.equality, self.protocol)
+        source_of_rows(self.source, "published")
         at_least("shots", self.shots, 0)
         at_least("split_seed", self.split_seed, 0)
         at_least("held_out_size", self.held_out_size, 1)
+
+    @property
+    def published(self) -> str:
+        """The folder of the published files."""
+        return "gsm8k"
 
     @property
     def alphabet(self) -> str:
@@ -96,8 +113,11 @@ class Task:
           ValueError: for an unknown split, without a data directory, or for a malformed line.
           FileNotFoundError: when the file is not there.
         """
-        found = divided("gsm8k", split, self.data_dir, self.split_seed, self.held_out_size, _FIELDS)
-        return [_example(row["question"], row["answer"]) for row in found]
+        return divided(self, split, lambda r: _example(r["question"], r["answer"]), _FIELDS)
+
+    def truth(self, example: Example) -> Any:
+        """What `recorded` makes the example of again, beside its prompt: its answer as a number."""
+        return example.answer or None
 
     def recorded(self, question: str, truth: Any) -> Example:
         """The example of a saved generation: its question, and its answer as a number.

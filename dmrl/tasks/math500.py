@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 
 from dmrl.tasks import equality, latex, parsers
 from dmrl.tasks.answers import PROTOCOLS, TEXT, answer_or_box, finished, open_answer, rendered
-from dmrl.tasks.options import at_least, divided, equality_rule, one_of, shots_of
+from dmrl.tasks.options import (
+    at_least,
+    divided,
+    equality_rule,
+    one_of,
+    shots_of,
+    source_of_rows,
+)
 
 _INSTRUCTION = "You are a math expert. You will be given a question to solve. Solve it step by \
 step. Wrap the final answer in a \\boxed{}. "
@@ -55,6 +62,9 @@ class Task:
     """Draws validation and the worked examples."""
     held_out_size: int = 512
     """Problems in 'validation'."""
+    source: str = "published"
+    """'published': the files below `data_dir`. Or `jsonl:PATH`, `hf:NAME[/CONFIG][:SPLIT]`,
+    `tfds:NAME` (see `dmrl.sources`), with the same fields."""
     data_dir: str | None = None
     """Directory holding math500/train.jsonl and test.jsonl, with fields problem (or prompt),
     answer and solution (one of them may be missing); default $DMRL_DATA."""
@@ -63,9 +73,15 @@ class Task:
         one_of("style", self.style, ("published", "evaluation", "compact"))
         one_of("protocol", self.protocol, PROTOCOLS)
         equality_rule(self.equality, self.protocol)
+        source_of_rows(self.source, "published")
         at_least("shots", self.shots, 0)
         at_least("split_seed", self.split_seed, 0)
         at_least("held_out_size", self.held_out_size, 1)
+
+    @property
+    def published(self) -> str:
+        """The folder of the published files."""
+        return "math500"
 
     @property
     def alphabet(self) -> str:
@@ -84,8 +100,11 @@ class Task:
           ValueError: for an unknown split, without a data directory, or for a malformed line.
           FileNotFoundError: when the file is not there.
         """
-        rows = divided("math500", split, self.data_dir, self.split_seed, self.held_out_size)
-        return [_example(row) for row in rows]
+        return divided(self, split, _example)
+
+    def truth(self, example: Example) -> Any:
+        """What `recorded` makes the example of again, beside its prompt: its answer in LaTeX."""
+        return example.answer
 
     def recorded(self, question: str, truth: Any) -> Example:
         """The example of a saved generation: its question and its answer in LaTeX."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from dmrl import sandbox
 from dmrl.tasks import programs
 from dmrl.tasks.answers import TEXT
-from dmrl.tasks.options import at_least, divided, one_of
+from dmrl.tasks.options import at_least, divided, one_of, source_of_rows
 
 
 class Example(NamedTuple):
@@ -56,6 +56,9 @@ class Task:
     """Draws validation."""
     held_out_size: int = 64
     """Rows in 'validation'."""
+    source: str = "published"
+    """'published': the files below `data_dir`. Or `jsonl:PATH`, `hf:NAME[/CONFIG][:SPLIT]`,
+    `tfds:NAME` (see `dmrl.sources`), with the same fields."""
     data_dir: str | None = None
     """Directory holding FOLDER/train.jsonl and test.jsonl; default $DMRL_DATA."""
 
@@ -63,9 +66,15 @@ class Task:
         programs.allow(self.allow_code)
         one_of("style", self.style, ("published", "compact"))
         one_of("confinement", self.confinement, sandbox.CONFINEMENTS)
+        source_of_rows(self.source, "published")
         at_least("shown", self.shown, 0)
         at_least("split_seed", self.split_seed, 0)
         at_least("held_out_size", self.held_out_size, 1)
+
+    @property
+    def published(self) -> str:
+        """The folder of the published files."""
+        return self.folder
 
     @property
     def alphabet(self) -> str:
@@ -85,9 +94,7 @@ class Task:
             description or tests.
           FileNotFoundError: when the file is not there.
         """
-        size = self.held_out_size
-        found = divided(self.folder, split, self.data_dir, self.split_seed, size)
-        return [_example(row) for row in found]
+        return divided(self, split, _example)
 
     def prompt(self, example: Example) -> str:
         """The description and the tests that are shown."""

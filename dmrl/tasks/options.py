@@ -1,15 +1,16 @@
 """Options of a task: checked at construction, with errors that name the value and the choices."""
 
 import functools
-import gzip
-import json
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from dmrl import sources
 from dmrl.tasks import equality
+
+Example = TypeVar("Example")
 
 
 def one_of(name: str, value: str, choices: Iterable[str]) -> None:
@@ -61,55 +62,91 @@ def data_file(data_dir: str | None, path: str) -> Path:
 def rows(data_dir: str | None, path: str, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The objects of a JSONL file (perhaps .gz) below `data_dir`, in order.
 
-    Raises as `data_file`, and ValueError, with the line's number, for a line that is no JSON
-    object or lacks one of `fields`.
+    Raises as `data_file` and `sources.lines`, and ValueError for a row that lacks one of `fields`.
     """
-    file = data_file(data_dir, path)
-    opened = gzip.open if file.suffix == ".gz" else open
-    found = []
-    with opened(file, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number}: no JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number}: {line[:40]!r} is no JSON object")
-            missing = [field for field in fields if field not in row]
-            if missing:
-                raise ValueError(
-                    f"{file}, line {number}: no field {missing[0]!r} among {', '.join(row)}"
-                )
-            found.append(row)
-    if not found:
-        raise ValueError(f"{file} has no lines")
-    return found
+    return [row.values for row in _complete(sources.lines(data_file(data_dir, path)), fields)]
+
+
+def _complete(found: Iterable[sources.Row], fields: Sequence[str]) -> list[sources.Row]:
+    checked = list(found)
+    for row in checked:
+        missing = [field for field in fields if field not in row.values]
+        if missing:
+            raise ValueError(f"{row.where}: no field {missing[0]!r} among {', '.join(row.values)}")
+    return checked
+
+
+def source_of_rows(value: str, own: str) -> None:
+    """Checks the option `source` of a task whose own source is `own`.
+
+    Raises ValueError for what is no source; nothing is opened.
+    """
+    kind, _, place = value.partition(":")
+    if value != own and not (kind in sources.KINDS and place):
+        raise ValueError(
+            f"source={value!r} is not one of {own!r}, 'jsonl:PATH', 'hf:NAME[/CONFIG][:SPLIT]', "
+            "'tfds:NAME'"
+        )
 
 
 def divided(
-    folder: str,
-    split: str,
-    data_dir: str | None,
-    seed: int,
-    held_out: int,
-    fields: Sequence[str] = (),
-) -> list[dict[str, Any]]:
-    """The rows of a data set that comes as train.jsonl and test.jsonl in `folder`.
+    task: Any, split: str, make: Callable[[dict[str, Any]], Example], fields: Sequence[str] = ()
+) -> list[Example]:
+    """The examples of a split of a data set, `make(row)` for every row.
 
-    'validation' is `held_out` rows of the training file, drawn by `seed`, and 'train' the
-    rest, so that the test file is never used to choose anything.
+    Rows come from `task.source`, where 'published' is train.jsonl and test.jsonl in the folder
+    `task.published` below `data_dir`. Splits that the data set has are taken as they are. One
+    that it lacks is `held_out_size` rows of its 'train', drawn by `split_seed` ('test' before
+    'validation'), and 'train' the rest: what chooses or measures is never trained on.
 
-    Raises as `rows`, and ValueError for another split or where nothing is left to train on.
+    Raises as `sources.read`, and ValueError for another split, for a row that lacks one of
+    `fields` or of which `make` cannot make an example, and where nothing is left to train on.
     """
-    one_of("split", split, ("train", "validation", "test"))
-    if split == "test":
-        return rows(data_dir, f"{folder}/test.jsonl", fields)
-    every = rows(data_dir, f"{folder}/train.jsonl", fields)
-    if held_out >= len(every):
-        raise ValueError(f"held_out_size={held_out} leaves none of {len(every)} rows to train on")
-    order = random.Random(seed).sample(range(len(every)), len(every))
-    chosen = order[:held_out] if split == "validation" else order[held_out:]
-    return [every[i] for i in chosen]
+    one_of("split", split, sources.SPLITS)
+    found = published(task) if task.source == "published" else sources.read(task.source)
+    if split in found and split != "train":
+        chosen = _complete(found[split](), fields)
+    elif "train" in found:
+        chosen = _cut(task, split, _complete(found["train"](), fields), found)
+    else:
+        raise ValueError(f"source={task.source!r} has no split 'train' among {', '.join(found)}")
+    if not chosen:
+        raise ValueError(f"source={task.source!r}: split {split!r} has no rows")
+    return [_made(make, row) for row in chosen]
+
+
+def published(task: Any) -> sources.Source:
+    """The files of a task below its `data_dir`; they need not exist until they are read."""
+
+    def lines(split: str) -> Iterator[sources.Row]:
+        return sources.lines(data_file(task.data_dir, f"{task.published}/{split}.jsonl"))
+
+    return {split: functools.partial(lines, split) for split in ("train", "test")}
+
+
+def _cut(
+    task: Any, split: str, every: list[sources.Row], found: sources.Source
+) -> list[sources.Row]:
+    lacking = [s for s in ("test", "validation") if s not in found]
+    size = task.held_out_size
+    if size * len(lacking) >= len(every):
+        raise ValueError(
+            f"held_out_size={size} leaves none of {len(every)} rows to train on"
+            + (f": {' and '.join(lacking)} are cut from them" if len(lacking) > 1 else "")
+        )
+    order = list(range(len(every)))
+    if lacking:
+        order = random.Random(task.split_seed).sample(order, len(order))
+    pieces = {s: order[i * size : (i + 1) * size] for i, s in enumerate(lacking)}
+    return [every[i] for i in pieces.get(split, order[len(lacking) * size :])]
+
+
+def _made(make: Callable[[dict[str, Any]], Example], row: sources.Row) -> Example:
+    try:
+        return make(row.values)
+    except (ValueError, TypeError, KeyError) as error:
+        said = f"no field {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{row.where}: {said}") from None
 
 
 @functools.lru_cache(maxsize=16)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from dmrl.tasks import BLANK, boards, parsers
 from dmrl.tasks.answers import FORMAT, PROTOCOLS, TEXT, finished, last_answer
-from dmrl.tasks.options import at_least, data_file, one_of, span
+from dmrl.tasks.options import at_least, data_file, divided, one_of, source_of_rows, span
 
 CELLS = 16
 TRAIN_GRIDS, HELD_OUT_GRIDS = 200, 44
@@ -117,6 +117,9 @@ class Task:
     """Puzzles in 'train'."""
     held_out_size: int = 1024
     """Puzzles in each other generated split."""
+    source: str = "generated"
+    """'generated', or rows of a data set with the fields of `Example`: `jsonl:PATH`,
+    `hf:NAME[/CONFIG][:SPLIT]`, `tfds:NAME` (see `dmrl.sources`), which launch/data.py writes."""
     data_dir: str | None = None
     """Directory holding sudoku/*.csv for the published splits; default $DMRL_DATA."""
 
@@ -128,6 +131,7 @@ class Task:
             raise ValueError(f"size={self.size!r} is not one of 4, 9")
         most = 12 if self.size == 4 else 60
         object.__setattr__(self, "blanks", span("blanks", self.blanks, 1, most))
+        source_of_rows(self.source, "generated")
         at_least("split_seed", self.split_seed, 0)
         at_least("train_size", self.train_size, 1)
         at_least("held_out_size", self.held_out_size, 1)
@@ -159,6 +163,8 @@ class Task:
           FileNotFoundError: when the published file is not there.
         """
         one_of("split", split, _SPLITS if self.size == 4 else _GENERATED)
+        if self.source != "generated" and split not in _PUBLISHED:
+            return divided(self, split, self._example)
         if self.size == 9:
             return self._nine(split)
         if split in _PUBLISHED:
@@ -173,6 +179,12 @@ class Task:
         solved = grids()[inside[row]]
         puzzles = np.where(_BLANKS[mask], 0, solved)
         return [Example(p, s) for p, s in zip(_texts(puzzles), _texts(solved), strict=True)]
+
+    def _example(self, row: dict[str, Any]) -> Example:
+        puzzle, solution = str(row["puzzle"]), str(row["solution"])
+        if not is_solution(puzzle, solution) or len(puzzle) != self._cells:
+            raise ValueError(f"{solution!r} does not solve the {self.size}x{self.size} {puzzle!r}")
+        return Example(puzzle, solution)
 
     def prompt(self, example: Example) -> str:
         """Empty unless published: the template says it all."""
@@ -244,6 +256,10 @@ class Task:
     def empty(self, example: Example) -> int:
         """The number of empty cells, over which the authors average."""
         return example.puzzle.count("0")
+
+    def truth(self, example: Example) -> Any:
+        """What `recorded` makes the example of again, beside its prompt: the given solution."""
+        return example.solution
 
     def recorded(self, question: str, truth: Any) -> Example:
         """The example of a saved generation: the puzzle in its question, and its solution.

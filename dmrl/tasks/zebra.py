@@ -7,17 +7,18 @@ rate, or 1 for a whole grid.
 
 import functools
 import itertools
+import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dmrl.tasks import BLANK
 from dmrl.tasks.answers import FORMAT, TEXT, finished, last_answer
-from dmrl.tasks.options import at_least, one_of, span
+from dmrl.tasks.options import at_least, divided, one_of, source_of_rows, span
 
 ATTRIBUTES = {
     "color": ("red", "green", "blue", "white", "yellow", "black"),
@@ -86,6 +87,9 @@ class Task:
     """Puzzles in 'train'."""
     held_out_size: int = 256
     """Puzzles in 'validation' and in 'test'."""
+    source: str = "generated"
+    """'generated', or rows of a data set with the fields of `Example`: `jsonl:PATH`,
+    `hf:NAME[/CONFIG][:SPLIT]`, `tfds:NAME` (see `dmrl.sources`), which launch/data.py writes."""
 
     def __post_init__(self) -> None:
         one_of("style", self.style, ("compact", "published"))
@@ -99,6 +103,7 @@ class Task:
                     f"{name}=({first}, {last}): templates have one length, so style='compact' "
                     f"needs one size, e.g. {name}=({last}, {last})"
                 )
+        source_of_rows(self.source, "generated")
         at_least("split_seed", self.split_seed, 0)
         at_least("train_size", self.train_size, 1)
         at_least("held_out_size", self.held_out_size, 1)
@@ -125,6 +130,8 @@ class Task:
           ValueError: for an unknown split.
         """
         one_of("split", split, _SPLITS)
+        if self.source != "generated":
+            return divided(self, split, _example)
         rng = np.random.default_rng([self.split_seed, _SPLITS.index(split)])
         size = self.train_size if split == "train" else self.held_out_size
         shapes = list(
@@ -213,6 +220,13 @@ class Task:
             [_value(name, value) for value in told.get(name, [])[: example.houses]]
             for name in _NAMES[:count]
         ]
+
+
+def _example(row: dict[str, Any]) -> Example:
+    """A row with the fields of Example; lists that TFDS cannot type are JSON in text."""
+    clues, grid = (json.loads(v) if isinstance(v, str) else v for v in (row["clues"], row["grid"]))
+    read = tuple(Clue(kind, (a[0], a[1]), (b[0], b[1])) for kind, a, b in clues)
+    return Example(int(row["houses"]), read, tuple(tuple(map(int, line)) for line in grid))
 
 
 def solutions(

@@ -1,0 +1,108 @@
+"""Complete prompts with a checkpoint, one JSON line each.
+
+    python launch/generate.py --checkpoint=runs/mine --prompt="30,100,93=23:"
+    python launch/generate.py --checkpoint=CKPT_DIR --tokenizer=HF_DIR --length=256 < prompts.txt
+    python launch/generate.py --checkpoint=runs/mine/weights --prompts=FILE.jsonl --samples=4 \\
+        --temperature=0.9 --out=completions.jsonl
+
+Prompts come from --prompt, from a file, or from standard input: a line each, or JSON objects
+with a field `prompt` (a text with line breaks) and perhaps `template` (the completion with _
+where the model fills). Length, steps and blocks are those of the run, if it is one.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+# This folder's evaluate.py must not shadow the library of that name; the clone itself may run.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT / "launch"]
+sys.path.insert(0, str(ROOT))
+
+from absl import app, flags  # noqa: E402
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run, its weights, or converted weights")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder; default the run's")
+BASE = flags.DEFINE_string("base", None, "Of an adapter: weights it was trained on")
+PROMPT = flags.DEFINE_multi_string("prompt", None, "A prompt; may be repeated")
+PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, - for standard input")
+LENGTH = flags.DEFINE_integer("length", None, "Tokens of a completion; default the run's, or 256")
+STEPS = flags.DEFINE_integer("steps", None, "Denoising steps; default the run's, or length/2")
+BLOCK = flags.DEFINE_integer("block", None, "Block length; default the run's, or 32")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 decodes greedily")
+SAMPLES = flags.DEFINE_integer("samples", 1, "Completions of each prompt", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch", 16, "Prompts at a time; changes no result", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Of sampled completions")
+OUT = flags.DEFINE_string("out", None, "JSONL file; default standard output")
+flags.mark_flag_as_required("checkpoint")
+
+
+def main(argv: list[str]) -> None:
+    """Completes, and writes the lines."""
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected argument {argv[1]!r}")
+        rows = completed(prompts())
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if OUT.value:
+        Path(OUT.value).write_text(text, encoding="utf-8")
+    else:
+        sys.stdout.write(text)
+
+
+def prompts() -> list[dict[str, Any]]:
+    """The prompts as objects with `prompt` and perhaps `template`.
+
+    Raises ValueError, with the line's number, for an object without a prompt, and for none at all.
+    """
+    if PROMPT.value:
+        return [{"prompt": text} for text in PROMPT.value]
+    name = PROMPTS.value or "-"
+    text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        row: Any = {"prompt": line}
+        if line.startswith("{"):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{name}, line {number}: no JSON ({error})") from None
+            if not isinstance(row.get("prompt"), str):
+                raise ValueError(f"{name}, line {number}: no text in a field 'prompt'")
+        if line.strip():
+            found.append(row)
+    if not found:
+        raise ValueError(
+            "no prompt: give --prompt=TEXT, --prompts=FILE, or lines on standard input"
+        )
+    return found
+
+
+def completed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with their completions."""
+    from dmrl import generation, parallel, policy, recipe, tokenizer, trainer
+
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    config = policy.config(CHECKPOINT.value)
+    made = recipe.build(config) if config else None
+    mesh = parallel.make_mesh(**(made.mesh if made else {}))
+    base: Any = BASE.value or (made.init_from if made else "")
+    if made and made.model.lora_rank and not base:
+        base = trainer.initial_weights(made, mesh)[1]
+    loaded = policy.load(CHECKPOINT.value, base, mesh)
+    tok = tokenizer.load(TOKENIZER.value) if TOKENIZER.value else made and made.tokenizer
+    if tok is None:
+        raise ValueError("no tokenizer: give --tokenizer=DIR, a folder with tokenizer.json")
+    own = made.sampling if made else None
+    decoder = generation.sampling(own, LENGTH.value, STEPS.value, BLOCK.value, TEMPERATURE.value)
+    return generation.complete(
+        loaded, mesh, tok, rows, decoder, SAMPLES.value, BATCH.value, SEED.value
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)

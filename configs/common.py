@@ -111,21 +111,7 @@ def tiny_sudoku(
     return base(
         task=make_task("sudoku", style="grid", reward="board"),
         tokenizer="characters",
-        model=make_model(
-            vocab_size=16,  # set from the tokenizer, as are the special ids
-            mask_token_id=0,
-            eos_token_id=1,
-            d_model=64,
-            n_layers=3,
-            n_heads=4,
-            n_kv_heads=4,
-            mlp_hidden_size=176,
-            max_sequence_length=64,
-            rope_theta=100.0,  # a drawn board is 29 tokens long
-            dtype="float32",
-            param_dtype="float32",
-            remat="none",
-        ),
+        model=_tiny_model(),
         max_prompt_length=0,
         sampling=section(Sampling, **(decoding | (sampling or {}))),
         terms=terms,
@@ -142,6 +128,54 @@ def tiny_sudoku(
     )
 
 
+def _tiny_model() -> ConfigDict:
+    """166,000 parameters."""
+    return make_model(
+        vocab_size=16,  # set from the tokenizer, as are the special ids
+        mask_token_id=0,
+        eos_token_id=1,
+        d_model=64,
+        n_layers=3,
+        n_heads=4,
+        n_kv_heads=4,
+        mlp_hidden_size=176,
+        max_sequence_length=64,
+        rope_theta=100.0,  # a drawn board is 29 tokens long
+        dtype="float32",
+        param_dtype="float32",
+        remat="none",
+    )
+
+
+def tiny_text(
+    task: ConfigDict,
+    terms: dict[str, ConfigDict],
+    prompt_length: int,
+    length: int,
+    steps: int = 300,
+    target: float = 0.3,
+) -> ConfigDict:
+    """Short answers to short prompts, a token a character, by the model of `tiny_sudoku`.
+
+    `prompt_length` and `length` in characters; the answer ends before `length` with EOS. Our own
+    recipe: a supervised warm start until `target` of the validation examples are solved, then
+    `steps` of reinforcement.
+    """
+    made = tiny_sudoku(terms, steps=steps)
+    made.task, made.max_prompt_length = task, prompt_length
+    made.sampling.update({"length": length, "block_length": length, "steps": length // 2})
+    made.warm_start.target = target
+    made.warm_start.steps = 2000  # at most
+    made.evaluation.update({"steps": (length,), "splits": ("test",)})
+    return made
+
+
+def tiny_countdown(terms: dict[str, ConfigDict]) -> ConfigDict:
+    """Countdown of three numbers up to 20 by a small model: minutes on a laptop."""
+    task = make_task("countdown", numbers=(3, 3), values=(1, 20), targets=(1, 40))
+    return tiny_text(task, terms, prompt_length=12, length=12)  # "20,20,20=40:", "(20+20)/20"
+
+
 def llada_8b(
     task: ConfigDict,
     terms: dict[str, ConfigDict],
@@ -153,6 +187,8 @@ def llada_8b(
 
     LoRA of rank 128, 256 tokens in 128 steps and blocks of 32, 16 prompts of 6 completions,
     AdamW 3e-6 (the dataclass's defaults). `optimizer`, `sampling` and `loop` override values.
+    Up to 256 tokens of a prompt, of mathematics 1,024: some problems come with drawings in code,
+    which d1 cuts to their last 200 tokens.
     """
     decoding = {"length": 256, "steps": 128, "block_length": 32, "temperature": 0.9}
     stage = {"prompts_per_step": 16, "num_generations": 6, "microbatches": 4, "rollout_chunks": 4}
@@ -161,7 +197,7 @@ def llada_8b(
         task=task,
         tokenizer="",  # the folder of model.init_from, unless named
         model=make_model(lora_rank=128, lora_alpha=64.0),
-        max_prompt_length=256,
+        max_prompt_length=1024 if task.name == "math500" else 256,
         sampling=section(Sampling, **(decoding | (sampling or {}))),
         terms=terms,
         optimizer=section(optim.Optimizer, **(optimizer or {})),
@@ -172,10 +208,13 @@ def llada_8b(
 
 
 def published(task: str) -> ConfigDict:
-    """A task in d1's wording with the published reward: `sudoku` or `countdown` (3 numbers)."""
+    """A task in d1's wording with the published reward: `sudoku`, `countdown` (3 numbers),
+    `gsm8k` or `math`. The last two need their published files (`data_dir`) or a `source`."""
     if task == "sudoku":
         return make_task("sudoku", style="published", reward="cells")
-    return make_task("countdown", style="published", numbers=(3, 3))
+    if task == "countdown":
+        return make_task("countdown", style="published", numbers=(3, 3))
+    return make_task({"gsm8k": "gsm8k", "math": "math500"}[task], style="published")
 
 
 def preset(arg: str | None, presets: dict[str, Any]) -> ConfigDict:
@@ -197,5 +236,7 @@ __all__ = [
     "published",
     "section",
     "term",
+    "tiny_countdown",
     "tiny_sudoku",
+    "tiny_text",
 ]

@@ -5,11 +5,13 @@
         --config.model.init_from=CKPT_DIR --config.tokenizer=HF_DIR
 
 tiny: the drawn 4x4 Sudoku of configs/common.py, our own setting; measured in docs/methods.md.
+tiny_countdown: three numbers up to 20, likewise our own.
 
-sudoku, countdown: LLaDA-8B-Instruct as d1 trains it, 256 tokens, 8 A100-80G. Published
-(best checkpoint on test, 128 / 256 / 512 tokens): Sudoku 18.4 / 12.9 / 11.0 % of empty cells,
-Countdown 33.2 / 31.3 / 37.1 %. Not run here. d1's: LoRA, AdamW, clip range, KL weight, prompt mask,
-mu (Sudoku and Countdown 8), temperature, batch. Ours: a bf16 base without dropout instead of 4-bit
+sudoku, countdown, gsm8k, math: LLaDA-8B-Instruct as d1 trains it, 256 tokens, 8 A100-80G.
+Published (best checkpoint on test, 128 / 256 / 512 tokens): Sudoku 18.4 / 12.9 / 11.0 % of empty
+cells, Countdown 33.2 / 31.3 / 37.1 %, GSM8K 72.6 / 79.8 / 81.9 %, MATH-500 33.2 / 37.2 / 39.2 %.
+Not run here. d1's: LoRA, AdamW, clip range, KL weight, prompt mask, mu (Sudoku and Countdown 8,
+GSM8K and MATH 12), temperature, batch. Ours: a bf16 base without dropout instead of 4-bit
 nf4 with 0.05, generated puzzles, up to 256 prompt tokens instead of 200; the number of steps (d1
 trains to 10,000 updates and chooses a checkpoint on the test set).
 """
@@ -19,7 +21,8 @@ from configs.common import term
 
 
 def get_config(arg=None):
-    return common.preset(arg, {"tiny": tiny, "sudoku": sudoku, "countdown": countdown})
+    presets = {"tiny": tiny, "sudoku": sudoku, "countdown": countdown, "gsm8k": gsm8k}
+    return common.preset(arg, presets | {"math": math, "tiny_countdown": tiny_countdown})
 
 
 def tiny():
@@ -28,14 +31,28 @@ def tiny():
     )
 
 
+def tiny_countdown():
+    return common.tiny_countdown(
+        {"diffu_grpo": term("diffu_grpo", 1.0, p_mask_prompt=0.0, beta=0.0, divide_by_std=True)}
+    )
+
+
 def sudoku():
-    return _llada("sudoku")
+    return _llada("sudoku", mu=8)
 
 
 def countdown():
-    return _llada("countdown")
+    return _llada("countdown", mu=8)
 
 
-def _llada(task):
+def gsm8k():
+    return _llada("gsm8k", mu=12)
+
+
+def math():
+    return _llada("math", mu=12)
+
+
+def _llada(task, mu):
     terms = {"diffu_grpo": term("diffu_grpo", 1.0)}
-    return common.llada_8b(common.published(task), terms, steps=1250, num_iterations=8)
+    return common.llada_8b(common.published(task), terms, steps=-(-10_000 // mu), num_iterations=mu)

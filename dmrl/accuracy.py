@@ -25,12 +25,12 @@ class Asked:
 
     split: str = "test"
     lengths: tuple[int, ...] = ()
-    """Completion lengths; (): 128, 256 and 512, or that of the recipe where completions have
-    templates."""
+    """Completion lengths; (): 128, 256 and 512, or that of the recipe where it is shorter or
+    completions have templates."""
     steps: int = 0
     """Denoising steps; 0: half the length."""
     block: int = 0
-    """Block length; 0: 32, or the recipe's where completions have templates."""
+    """Block length; 0: 32, or the recipe's where its length is taken."""
     temperature: float = 0.0
     samples: int = 1
     """Completions of each question."""
@@ -68,9 +68,10 @@ def samplings(recipe: Recipe, asked: Asked) -> list[Sampling]:
       ValueError: lengths, steps and blocks that do not fit together, or a length that is not
         that of the task's templates.
     """
-    own, fixed = recipe.sampling, recipe.task.template(_first(recipe, asked)) is not None
-    lengths = asked.lengths or ((own.length,) if fixed else LENGTHS)
-    block = asked.block or (own.block_length if fixed else BLOCK)
+    own = recipe.sampling
+    kept = own.length < min(LENGTHS) or recipe.task.template(_first(recipe, asked)) is not None
+    lengths = asked.lengths or ((own.length,) if kept else LENGTHS)
+    block = asked.block or (own.block_length if kept else BLOCK)
     return [
         dataclasses.replace(
             own,

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from running import ROOT, config, rows
 
-from dmrl import accuracy, models, parallel, policy, protocol, recipe, results, tasks
+from configs import diffu_grpo
+from dmrl import accuracy, models, parallel, policy, protocol, recipe, results
 from dmrl.diffusion.sampler import Sampling
 from dmrl.models import weights
 
@@ -46,9 +47,8 @@ def measured(run, **asked):
     return list(accuracy.measure(made, loaded, mesh, wanted, accuracy.samplings(made, wanted)))
 
 
-def test_the_default_is_the_published_protocol(data_dir):
-    task = tasks.load("countdown", style="evaluation")
-    made = recipe.build(config())._replace(task=task)
+def test_the_default_is_the_published_protocol():
+    made = recipe.build(diffu_grpo.get_config("countdown").to_dict())
     found = accuracy.samplings(made, accuracy.Asked())
     assert [(s.length, s.steps, s.block_length) for s in found] == [
         (128, 64, 32),

@@ -135,7 +135,13 @@ def test_the_house_has_no_circular_imports():
 
 def test_only_configs_and_launch_know_ml_collections():
     for module in SOURCES:
-        if module.split(".")[0] not in ("configs", "launch", "benchmarks", "tests"):
+        if module.split(".")[0] not in (
+            "configs",
+            "launch",
+            "benchmarks",
+            "examples",
+            "tests",
+        ):
             libraries = {name.split(".")[0] for name in imports(module)}
             assert not libraries & {"ml_collections", "configs", "launch"}, module
 

@@ -37,7 +37,7 @@ def programs(recipe: Recipe, mesh: Mesh) -> Iterator[Traced]:
     stages.check_rows(recipe.loop, mesh)
     made = stages.reinforcement(recipe, mesh)
     trainable, frozen = _weights(recipe, mesh)
-    state = laid_out(mesh, jax.eval_shape(made.init_state, trainable))
+    state = laid_out(mesh, jax.eval_shape(made.beside, trainable))._replace(trainable=trainable)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=parallel.replicated(mesh))
     behaviour = state.trainable if state.teacher is None else state.teacher

@@ -10,7 +10,7 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dmrl import flops, hlo, parallel
 from dmrl.ahead import Traced
@@ -58,7 +58,7 @@ class Fit(NamedTuple):
     interconnect_seconds: float | None = None
     """A step's collectives at the rate of all links (predicted)."""
     change: tuple[str, ...] = ()
-    """What would make it fit."""
+    """What would make it fit, or less wasteful."""
     error: str = ""
     """What the compiler said where it gave up."""
 
@@ -142,49 +142,50 @@ def _share(tree: Any) -> float:
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays))
 
 
-def _changes(fit: Fit, recipe: Recipe, mesh: Mesh) -> list[str]:
+def _changes(fit: Fit, recipe: Recipe, mesh: Mesh | AbstractMesh) -> list[str]:
     """Options that lower the peak, the cheapest in speed first; and what wastes devices."""
     loop, model, shards = recipe.loop, recipe.model, parallel.batch_shards(mesh)
     rows = loop.prompts_per_step * loop.num_generations
+    if fit.program == "rollout":
+        option, pieces, whole = "rollout_chunks", loop.rollout_chunks, loop.prompts_per_step
+    else:
+        option, pieces, whole = "microbatches", loop.microbatches, rows
+    even = [n for n in range(1, whole + 1) if whole % n == 0 and rows // n % shards == 0]
     found = []
-    piece = rows // loop.microbatches
-    if fit.program == "update" and piece % shards:
+    if rows // pieces % shards:
+        near = sorted(sorted(even, key=lambda n: abs(n - pieces))[:2])
+        choice = " or ".join(map(str, near)) or f"a number of completions that {shards} divides"
         found.append(
-            f"--config.microbatches: {loop.microbatches} leaves {piece} completions for "
-            f"{shards} devices, which is uneven; choose {_divisor_below(rows, shards, piece)}"
+            f"--config.{option}: {pieces} leaves {rows // pieces} completions for {shards} "
+            f"devices, which is uneven; choose {choice}"
         )
-    if fit.fits or fit.hbm is None:
+    if fit.hbm is None:
         return found
-    room = (1 - SPARE) * fit.hbm
-    held = fit.arguments + fit.beside
+    room, held = (1 - SPARE) * fit.hbm, fit.arguments + fit.beside
+    if fit.fits:
+        fewer = [n for n in even if n < pieces]
+        if fewer and fit.peak < room / 2:
+            text = f"--config.{option}={fewer[-1]}: there is room, and weights are gathered less"
+            found.append(text)
+        return found
+    more = [n for n in even if n > pieces]
     if held > room:
         count = math.ceil(held * fit.devices / room)
+        instead = "" if model.lora_rank else ", or --config.model.lora_rank=128"
         found.append(
             f"weights and state alone take {held / GB:.1f} of {room / GB:.1f} GB: a slice of at "
-            f"least {count} such chips"
-            + ("" if model.lora_rank else ", or --config.model.lora_rank=128")
+            f"least {count} such chips{instead}"
         )
-    elif fit.program == "rollout" and rows // loop.rollout_chunks > shards:
-        found.append(f"--config.rollout_chunks={_more(rows, shards, loop.rollout_chunks)}")
-    elif fit.program == "update" and piece > shards:
-        found.append(f"--config.microbatches={_more(rows, shards, loop.microbatches)}")
+    elif more:
+        found.append(f"--config.{option}={more[0]}")
     elif model.remat != "full" and fit.program == "update":
         found.append("--config.model.remat=full")
     else:
-        found.append("--config.mesh.tensor=2 (one row a device already), or a larger slice")
+        found.append(
+            "a device has as few rows as can be: --config.mesh.tensor=2, or a larger slice"
+        )
     if model.lora_rank and model.param_dtype == "float32":
         found.append("--config.model.param_dtype=bfloat16 for the frozen base")
     if not model.lora_rank and "reference" in needs(recipe.terms):
         found.append("beta=0 in every term: no reference copy of the weights")
     return found
-
-
-def _more(rows: int, shards: int, pieces: int) -> int:
-    """The next number of pieces that leaves every device the same number of rows."""
-    return next(n for n in range(pieces + 1, rows + 1) if rows % n == 0 and rows // n % shards == 0)
-
-
-def _divisor_below(rows: int, shards: int, piece: int) -> str:
-    even = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n % shards == 0]
-    near = sorted(even, key=lambda n: abs(rows // n - piece))[:2]
-    return " or ".join(map(str, sorted(near))) or f"completions in multiples of {shards}"

@@ -93,10 +93,11 @@ def show(label: str, fits: Sequence[Fit]) -> None:
     console.print(f"Bytes are per device (compiled); seconds are bounds (predicted). {NOTE}")
 
 
-def save(path: Path, label: str, fits: Iterable[Fit]) -> None:
+def save(path: Path, label: str, commit: str | None, fits: Iterable[Fit]) -> None:
     """Adds to the JSON file, replacing what it held for the same program; writes the page."""
+    new = [{"label": label, "commit": commit, **plain(f)} for f in fits]
     found = json.loads(path.read_text()) if path.exists() else []
-    by_key = {_key(f): f for f in [*found, *({"label": label, **plain(f)} for f in fits)]}
+    by_key = {_key(f): f for f in [*found, *new]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(list(by_key.values()), indent=1) + "\n")
     path.with_suffix(".md").write_text(page(list(by_key.values()), path))
@@ -122,20 +123,26 @@ def page(fits: Sequence[Mapping[str, Any]], path: Path) -> str:
         "is the larger side of every collective of one run, loops unrolled. Work is the matrix "
         "products of one run on all devices (analytic), roofline the slower of a step's products "
         "and collectives at published peak rates (predicted): no program reaches it. Nothing on "
-        "this page is measured but the time to compile, on a busy machine of 2 cores.",
+        "this page is measured but the time to compile, on a busy machine of 2 cores. What is not "
+        "listed has not been compiled.",
     ]
     for label in dict.fromkeys(f["label"] for f in fits):
         lines += ["", f"## {label}", ""]
-        heads = ["slice", *(f"{n}{f', {u}' if u else ''}" for n, u in COLUMNS.items())]
+        heads = ["slice", *(f"{n}{f', {u}' if u else ''}" for n, u in COLUMNS.items()), "commit"]
         lines += [_line(heads), _line(["---"] * len(heads))]
         mine = [f for f in fits if f["label"] == label]
-        lines += [_line([f["topology"], *rows(f)]) for f in mine]
+        lines += [_line([f["topology"], *rows(f), _short(f["commit"])]) for f in mine]
         lines += [""]
         for f in mine:
             where = f"- {f['topology']}, {f['program']}: "
             lines.append(where + traffic(f))
             lines += [f"  - {text}" for text in (f["error"], *f["change"]) if text]
     return "\n".join(lines) + "\n"
+
+
+def _short(commit: str | None) -> str:
+    """A commit in eight digits, `+` if the tree had other changes."""
+    return commit[:8] + "+" * commit.endswith("+") if commit else "?"
 
 
 def _line(cells: Iterable[str]) -> str:

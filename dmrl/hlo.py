@@ -121,14 +121,14 @@ def _trip_count(rest: str, computations: dict[str, list[str]]) -> int | None:
 
 def _step(body: dict[str, str], index: str) -> int | None:
     """What the body adds to element `index` of what it carries."""
-    for value in body.values():
-        if added := re.search(r"32\[\]\S* add\((%[\w.-]+), (%[\w.-]+)\)", value):
-            counter = body.get(added[1], "")
-            by = re.search(r" constant\((\d+)\)", body.get(added[2], ""))
-            result = _element(body, index)
-            if by and f"index={index}" in counter.split(", metadata")[0] and result == value:
-                return int(by[1])
-    return None
+    added = re.search(r"32\[\]\S* add\((%[\w.-]+), (%[\w.-]+)\)", _element(body, index) or "")
+    if not added:
+        return None
+    counter = body.get(added[1], "")
+    while copied := re.search(r" copy\((%[\w.-]+)\)", counter):
+        counter = body.get(copied[1], "")
+    by = re.search(r" constant\((\d+)\)", body.get(added[2], ""))
+    return int(by[1]) if by and re.search(rf"\bindex={index}\b", counter) else None
 
 
 def _element(body: dict[str, str], index: str) -> str | None:

@@ -109,20 +109,20 @@ class Programs:
     def init_state(self, trainable: Any) -> TrainState:
         """Step 0, laid out over the mesh."""
         trainable = jax.device_put(trainable, parallel.shardings(self.mesh, trainable))
-
-        def others(trainable):
-            return TrainState(
-                jnp.zeros((), jnp.int32),
-                None,
-                self.optimizer.init(trainable),
-                _copy(trainable) if self.phases else None,
-                _copy(trainable) if self.ema else None,
-            )
-
-        layout = parallel.shardings(self.mesh, jax.eval_shape(others, trainable))
+        layout = parallel.shardings(self.mesh, jax.eval_shape(self.beside, trainable))
         with jax.set_mesh(self.mesh):
-            state = jax.jit(others, out_shardings=layout)(trainable)
+            state = jax.jit(self.beside, out_shardings=layout)(trainable)
         return state._replace(trainable=trainable)
+
+    def beside(self, trainable: Any) -> TrainState:
+        """Step 0 without `trainable` itself; a pure function."""
+        return TrainState(
+            jnp.zeros((), jnp.int32),
+            None,
+            self.optimizer.init(trainable),
+            _copy(trainable) if self.phases else None,
+            _copy(trainable) if self.ema else None,
+        )
 
     def next_phase(self, state: TrainState) -> TrainState:
         """The policy's average (or the policy) becomes both policy and teacher; Adam restarts."""
@@ -182,6 +182,13 @@ class Programs:
         with jax.set_mesh(self.mesh):
             return self._update.trace(state, frozen, tuple(rollouts), tuple(probes), key)
 
+    @property
+    def stops_at_eos(self) -> bool:
+        """Whether nothing after a completion's EOS matters to any term (rewards never see it)."""
+        assert self.sampling is not None
+        blind = [getattr(t.algorithm, "BLIND_AFTER_EOS", False) for t in self.terms]
+        return self.sampling.blocks > 1 and all(blind)
+
     @functools.cached_property
     def _rollout(self) -> Any:
         assert self.sampling is not None
@@ -197,7 +204,10 @@ class Programs:
             row = first_row + jnp.arange(prompt.shape[0], dtype=jnp.int32)
             draw_key, probe_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
             context = (prompt, valid, template, row, row // size)
-            done = sampler.sample(denoiser, *context, draw_key, sampling, drafts, size)
+            # Whole groups on every device, or the first of each would have to travel.
+            alike = size if len(prompts[0]) % parallel.batch_shards(self.mesh) == 0 else 1
+            stop = self.stops_at_eos
+            done = sampler.sample(denoiser, *context, draw_key, sampling, drafts, alike, stop)
             probes = [self._probe(denoiser, done, term, probe_key) for term in self.terms]
             return done, tuple(probes)
 

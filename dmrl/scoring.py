@@ -90,7 +90,7 @@ def statistics(recipe: Recipe, scored: Sequence[Scored]) -> dict[str, float]:
     rollout = jax.tree.map(lambda *xs: np.concatenate(xs), *(s.host for s in scored))
     parts = {name: np.concatenate([s.parts[name] for s in scored]) for name in scored[0].parts}
     reward = parts.pop("reward").astype(np.float32)
-    sampled = rollout.reveal_step >= 0
+    sampled = (rollout.reveal_step >= 0) & (rollout.reveal_step < recipe.sampling.steps)
     values = {f"rewards/{name}/mean": float(np.mean(values)) for name, values in parts.items()}
     values |= _spread("", reward.reshape(-1, recipe.loop.num_generations)) | {
         "entropy": float(np.mean(rollout.entropy[sampled])) if sampled.any() else 0.0,

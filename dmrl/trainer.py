@@ -54,7 +54,7 @@ def describe(workdir: Path, config: Mapping[str, Any]) -> None:
     text = json.dumps(
         {
             "config": config,
-            "git": _git_hash(),
+            "git": git_hash(),
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
             "device": f"{device.device_kind} x{jax.device_count()}",
         },
@@ -84,7 +84,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _git_hash() -> str | None:
+def git_hash() -> str | None:
     """Commit of the source tree, with `+` if it has uncommitted changes."""
     root = Path(__file__).resolve().parent.parent
     with contextlib.suppress(OSError, subprocess.CalledProcessError):

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     try:
         import jax
 
-        from dmrl import ahead, fit, fit_page, parallel, recipe, slices
+        from dmrl import ahead, fit, fit_page, parallel, recipe, slices, trainer
 
         logging.getLogger("jax").setLevel(logging.WARNING)
         if simulated := max(map(slices.simulated, TOPOLOGY.value)):
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
                 print(f"{name}: compiling the {program.name} ...", flush=True)
                 done.append(fit.compiled(program, made, mesh, where))
                 if OUT.value:
-                    fit_page.save(Path(OUT.value), label(), done)
+                    fit_page.save(Path(OUT.value), label(), trainer.git_hash(), done)
             fit_page.show(label(), done)
             refused += sum(f.fits is False for f in done)
     except (ValueError, ModuleNotFoundError, OSError) as error:

@@ -39,7 +39,8 @@ HloModule ring
   %b = (u32[]{:T(128)}, f32[4,2]{1,0}) parameter(0)
   %two = u32[]{:T(128)} constant(2)
   %j = u32[]{:T(128)} get-tuple-element(%b), index=0
-  %next = u32[]{:T(128)} add(%j, %two)
+  %held = u32[]{:T(128)} copy(%j)
+  %next = u32[]{:T(128)} add(%held, %two)
   %x = f32[4,2]{1,0} get-tuple-element(%b), index=1
   %send = (f32[4,2]{1,0}, f32[4,2]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=1
   %got = f32[4,2]{1,0} collective-permute-done(%send)

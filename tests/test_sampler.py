@@ -34,6 +34,7 @@ def draw(
     row=None,
     drafts=False,
     group_size=1,
+    stop_at_eos=False,
 ):
     """Completions of one prompt [P] and template [L], `rows` times, or of a batch [B,...]."""
     if prompt.ndim == 1:
@@ -44,12 +45,13 @@ def draw(
     valid = jnp.ones(prompt.shape, bool) if valid is None else valid
     args = (prompt, valid, template, row, jnp.zeros_like(row), jax.random.key(key))
     hashable = denoiser._replace(heads=None)  # a mapping has no hash
-    return compiled(hashable, *args, config=config, drafts=drafts, group_size=group_size)
+    options = (config, drafts, group_size, stop_at_eos)
+    return compiled(hashable, *args, options=options)
 
 
-@functools.partial(jax.jit, static_argnames=("denoiser", "config", "drafts", "group_size"))
-def compiled(denoiser, *args, config, drafts, group_size):
-    return sample(denoiser, *args, config, drafts, group_size)
+@functools.partial(jax.jit, static_argnames=("denoiser", "options"))
+def compiled(denoiser, *args, options):
+    return sample(denoiser, *args, *options)
 
 
 def outcomes(rollout):

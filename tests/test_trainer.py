@@ -9,7 +9,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from running import config, rows
 
 from dmrl import models, parallel, recipe, stages, trainer
@@ -18,18 +17,6 @@ from dmrl.held import Held
 from dmrl.models import weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
-
-
-@pytest.fixture(scope="module")
-def compile_once(tmp_path_factory):
-    """Runs of one shape share their compiled programs."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    compilation_cache.reset_cache()
 
 
 def run(workdir, options, **overrides):

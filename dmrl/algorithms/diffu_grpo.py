@@ -15,6 +15,9 @@ from dmrl.diffusion.masking import mask_prompt, upto_eos
 from dmrl.diffusion.probe import state_at
 from dmrl.types import Inner, Metrics, Models, PRNGKey, Probe, Rollout
 
+BLIND_AFTER_EOS = True
+"""Nothing after the first EOS enters: a rollout may stop there."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Hyper:

@@ -27,6 +27,9 @@ from dmrl.diffusion.order import select_top
 from dmrl.diffusion.sampler import entropy_of
 from dmrl.types import HINT, TEMPLATE, Denoiser, Inner, Metrics, Models, PRNGKey, Probe, Rollout
 
+BLIND_AFTER_EOS = True
+"""Nothing after the first EOS enters: a rollout may stop there."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Hyper:

@@ -22,6 +22,9 @@ from dmrl.diffusion import likelihood, masking
 from dmrl.diffusion.noise import fold_in, row_keys
 from dmrl.types import Inner, Metrics, Models, PRNGKey, Probe, Rollout, RowKeys
 
+BLIND_AFTER_EOS = True
+"""Nothing after the first EOS enters: a rollout may stop there."""
+
 CHOICES = {
     "masking": ("block_random", "random", "all"),
     "negative": ("mix", "eubo", "elbo", "zero"),

@@ -123,6 +123,7 @@ def sample(
     config: Sampling,
     drafts: bool = False,
     group_size: int = 1,
+    stop_at_eos: bool = False,
 ) -> Rollout:
     """Fills every masked position of `template`; the others stay as they are.
 
@@ -136,6 +137,10 @@ def sample(
     `drafts` also keeps the full prediction of every step (`Rollout.drafts`), for which all
     positions pass through the head, at every step that has a mask left somewhere; tokens and
     reveal steps are the same with and without.
+
+    `stop_at_eos` fills no block after the one with a row's first EOS: what is left becomes EOS
+    with `reveal_step` T, and everything up to that EOS is the same with and without. Once all rows
+    have ended, steps cost nothing.
 
     Raises:
       ValueError: `template` is not `config.length` long, or `group_size` does not divide the rows.
@@ -192,7 +197,14 @@ def sample(
         )
         return revealed, draft
 
+    def ended(tokens, start):
+        before = jnp.expand_dims(jnp.arange(config.length) < start, 0)
+        return jnp.any((tokens == denoiser.eos_id) & before, axis=1)
+
     def maybe_reveal(carry, step, alike=1):
+        if stop_at_eos:
+            number, start, count = step
+            step = (number, start, jnp.where(ended(carry[0], start), 0, count))
         due = jnp.any(step[2] > 0)
         if drafts:  # a template may leave a step without a reveal and later blocks masked
             due |= jnp.any(carry[0] == denoiser.mask_id)
@@ -227,6 +239,8 @@ def sample(
     (tokens, reveal_step, log_prob, entropy), kept = jax.lax.scan(maybe_reveal, carry, schedule)
     if first is not None:
         kept = jnp.concatenate([first[None], kept])
+    if stop_at_eos:
+        tokens = jnp.where(tokens == denoiser.mask_id, denoiser.eos_id, tokens)
     return Rollout(
         prompt=prompt,
         prompt_valid=prompt_valid,

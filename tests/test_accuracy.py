@@ -117,6 +117,7 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
         assert results.pass_at(rights, samples, k) == pytest.approx(np.mean(draws))
 
 
+@pytest.mark.slow
 def test_an_adapter_needs_the_base_it_was_trained_on(tmp_path):
     options = config(**HELD, model__lora_rank=2, model__lora_alpha=4.0)
     made, tree = stored(tmp_path, options, adapter=True)
@@ -247,6 +248,7 @@ def evaluate(*args, code=0):
     return done.stdout if code == 0 else done.stderr
 
 
+@pytest.mark.slow
 def test_the_script_evaluates_a_run_and_compares(run, tmp_path):
     workdir, _ = run
     said = evaluate(f"--checkpoint={workdir}", "--size=6", "--batch=3", f"--out={tmp_path / 'a'}")

@@ -122,6 +122,7 @@ def peak(*arguments):
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_bounded_by_a_shard(hf, tmp_path):
     cfg = dataclasses.replace(
         TINY, vocab_size=2048, d_model=512, n_layers=16, n_kv_heads=4, mlp_hidden_size=2048

@@ -114,6 +114,7 @@ def visited_states(law, omega):
     return visited
 
 
+@pytest.mark.slow
 def test_theorem_4_2_with_a_terminal_term_the_gradient_is_that_of_the_mixture():
     length, alpha_base, alpha_step = 3, 0.7, 0.4
     params, prompt, bind = tiny.perceptron(length)

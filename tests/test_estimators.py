@@ -376,6 +376,7 @@ def test_where_the_optimal_omega_is_an_end_nothing_is_strictly_lower():
     assert float(outside) == pytest.approx(-0.5), "nor need it lie between the ends"
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_a_table_of_all_estimators():
     lines = estimators.table(length=2, forwards=2, beta=1.5, seed=1).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]

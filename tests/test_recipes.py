@@ -76,6 +76,7 @@ def test_the_tiny_recipe_trains(name, tmp_path):
     assert max(r["grad_norm"] for r in steps) > 1e-6, "no gradient in two steps"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compile", "compile_once")
 def test_a_learned_log_z_is_trained_and_kept_but_is_no_part_of_the_weights(tmp_path):
     values = small("trafl", terms__trafl__log_z="learned", steps=3)
@@ -95,6 +96,7 @@ class Killed(Exception):
     """The run ends here."""
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compile", "compile_once")
 def test_a_run_with_phases_resumes_bit_for_bit(tmp_path, monkeypatch):
     """Killed within a phase: teacher, average and Adam come back from the checkpoint."""
@@ -121,6 +123,7 @@ def test_a_run_with_phases_resumes_bit_for_bit(tmp_path, monkeypatch):
     assert rates[1] == rates[3] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compile", "compile_once")
 def test_all_wrong_groups_are_rescued_by_right_answers(tmp_path):
     values = small("igpo", steps=4, prompts_per_step=16, task__reward="board", completions_every=1)

@@ -66,7 +66,9 @@ def of_tokens(law):
     return marginal
 
 
-@pytest.mark.parametrize("folder", ["tiny_llada", "tiny_llada_gqa"])
+@pytest.mark.parametrize(
+    "folder", ["tiny_llada", pytest.param("tiny_llada_gqa", marks=pytest.mark.slow)]
+)
 def test_golden_tokens_and_reveal_steps(golden_dir, folder):
     cfg, params = tiny.llada(golden_dir / folder)
     recorded = np.load(golden_dir / "sampler.npz")

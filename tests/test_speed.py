@@ -1,6 +1,7 @@
 """The benchmarks of speed: turns, memory, the table; the PyTorch peer where torch is installed."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,7 @@ def test_peak_memory_sees_what_is_gone_again():
 def test_the_table_and_the_file_hold_the_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(flags.FLAGS, "out", str(tmp_path))
     monkeypatch.setattr(timing, "peak_flops", lambda: 1e9)
+    monkeypatch.setattr(timing, "CLOCK", types.SimpleNamespace(value="wall"))
     row = timing.Row("1", "rollout", "T0", "3x", ">= 2x", "4x", 3.0, 1.5, 0.25, True)
     timing.save("x", [row], {"dmrl": 1.0})
     line = "| 1 | rollout | T0 | 3x | >= 2x | 4x | 3.00 | 1.50 | 0.25 | yes |"

@@ -268,6 +268,7 @@ def test_gradients_of_strided_microbatches_add_up():
         tiny.assert_close(jax.tree.map(lambda *g: sum(g), *pieces), whole, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_dispo_on_spg_has_the_weighted_sum_of_their_gradients():
     config = models.Config(
         vocab_size=6,

@@ -245,6 +245,7 @@ def test_sigterm_at_the_end_of_a_stage_does_not_start_the_next(tmp_path, monkeyp
 BETA = {"terms__diffu_grpo__beta": 0.5, "terms__dispo__beta": 0.5}
 
 
+@pytest.mark.slow
 def test_the_reference_of_an_adapter_is_the_base_it_started_from(tmp_path, monkeypatch):
     made = recipe.build(config())
     params = models.init(made.model, jax.random.key(3))["params"]

@@ -67,11 +67,6 @@ for name in sys.argv[1:]:
     head = state.trainable["params"]["head"]
     seen["compiled"] = [programs._rollout._cache_size(), programs._update._cache_size()]
     seen["share"] = head.addressable_shards[0].data.size / head.size
-    if microbatches:
-        lowered = (programs.trace_update(state, frozen, [rollout], [probes], key),
-                   programs._rollout.trace(state.trainable, frozen, prompts, 0, key))
-        with jax.set_mesh(mesh):
-            seen["flops"] = [x.lower().compile().cost_analysis()["flops"] for x in lowered]
     result[name] = seen
 print(json.dumps(result))
 """
@@ -109,14 +104,6 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(accumulated, mesh):
     np.testing.assert_allclose(pieces["embedding"], whole["embedding"], rtol=0, atol=1e-6)
     assert np.abs(whole["embedding"]).max() > 1e-3
     assert pieces["loss"] == pytest.approx(whole["loss"], abs=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES[1:])
-def test_devices_together_do_the_work_of_one(accumulated, mesh):
-    """Counted by the compiler, loop bodies once."""
-    ratio = 8 * np.divide(accumulated[f"{mesh}/1"]["flops"], accumulated["1x1x1/1"]["flops"])
-    assert (ratio <= 1.05).all(), ratio
 
 
 @pytest.mark.parametrize("mesh", MESHES)

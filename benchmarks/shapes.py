@@ -3,7 +3,7 @@
 T0 spends its time in the layers, T1 in the vocabulary, F is LLaDA-8B, tiny tries a script out.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dmrl.diffusion.sampler import Sampling
 from dmrl.models import Config
@@ -24,17 +24,15 @@ class Shape(NamedTuple):
 def _model(**values: int | float | str) -> Config:
     """Float32, all heads alike, nothing recomputed; the last two ids are MASK and EOS."""
     vocab = int(values["vocab_size"])
-    return Config(
-        **{
-            "n_kv_heads": values["n_heads"],
-            "mask_token_id": vocab - 1,
-            "eos_token_id": vocab - 2,
-            "dtype": "float32",
-            "param_dtype": "float32",
-            "remat": "none",
-            **values,
-        }  # type: ignore[arg-type]
-    )
+    fields: dict[str, Any] = {
+        "n_kv_heads": values["n_heads"],
+        "mask_token_id": vocab - 1,
+        "eos_token_id": vocab - 2,
+        "dtype": "float32",
+        "param_dtype": "float32",
+        "remat": "none",
+    }
+    return Config(**(fields | values))
 
 
 TINY = Shape(

@@ -11,7 +11,7 @@ import difflib
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from dmrl import algorithms, models, parallel
+from dmrl import algorithms, models, parallel, pieces
 from dmrl.diffusion import probe, sampler
 from dmrl.types import HINT, Denoiser, Inner, Metrics, Models, PRNGKey, Probe, Rollout
 
@@ -266,7 +266,7 @@ class Programs:
         behaviour = current if self.inner_updates > 1 else None
         if self.phases:
             behaviour = self.policy(state.teacher, frozen)
-        in_pieces = functools.partial(_in_pieces, pieces=self.microbatches)
+        in_pieces = functools.partial(pieces.in_pieces, count=self.microbatches)
         frozen_models = Models(
             in_pieces(current),
             behaviour and in_pieces(behaviour),
@@ -324,7 +324,7 @@ class Programs:
         gradient = jax.grad(objective, has_aux=True)
         if self.microbatches == 1:
             return gradient(trainable, batches)
-        cut = jax.tree.map(functools.partial(_strided, pieces=self.microbatches), batches)
+        cut = jax.tree.map(functools.partial(pieces.strided, count=self.microbatches), batches)
 
         def accumulate(total, piece):
             return jax.tree.map(jnp.add, total, gradient(trainable, piece)), None
@@ -347,34 +347,3 @@ def _copy(tree: Any) -> Any:
 
 def _join(chunks: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *chunks)
-
-
-def _in_pieces(denoiser: Denoiser, pieces: int) -> Denoiser:
-    """The same model, which takes the rows of a batch in `pieces`, one after the other.
-
-    For `prepare`, which may score a whole rollout at once: in the memory of a microbatch.
-    """
-    if pieces == 1:
-        return denoiser
-
-    def cut(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        def by_piece(*args: jax.Array) -> jax.Array:
-            count = args[0].shape[0]
-            if args[0].ndim < 2 or count % pieces:
-                return f(*args)
-            out = jax.lax.map(lambda piece: f(*piece), [_strided(x, pieces) for x in args])
-            return jnp.moveaxis(out, 0, 1).reshape(count, *out.shape[2:])
-
-        return by_piece
-
-    return denoiser._replace(encode=cut(denoiser.encode), log_prob=cut(denoiser.log_prob))
-
-
-def _strided(x: jax.Array, pieces: int) -> jax.Array:
-    """[N, ...] -> [pieces, N / pieces, ...], every pieces-th row together.
-
-    Strided, because contiguous pieces of a sharded axis would each live on one device.
-    """
-    if x.shape[0] % pieces:
-        raise ValueError(f"microbatches={pieces} does not divide the {x.shape[0]} items of a term")
-    return jnp.moveaxis(x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]), 1, 0)

@@ -41,6 +41,7 @@ RULES = {
     "dmrl.report": Doors({"numpy"}, set()),
     "dmrl.cost": Doors({"numpy"}, set()),
     "dmrl.parallel": Doors(NUMERIC, set()),
+    "dmrl.pieces": Doors(NUMERIC, {"dmrl.types"}),
     "dmrl.processes": Doors(NUMERIC, set()),
     "dmrl.rescue": Doors({"numpy"}, set()),
     "dmrl.checkpoint": Doors(NUMERIC | {"orbax"}, set()),

@@ -28,6 +28,21 @@ Your reasoning here
 TEXT = "\n" + "".join(map(chr, range(32, 127)))
 """Printable ASCII: what a character tokenizer needs for the published prompts."""
 
+
+class FreeText:
+    """What all tasks share whose completions are text and no board."""
+
+    @property
+    def alphabet(self) -> str:
+        """Printable ASCII."""
+        return TEXT
+
+    @property
+    def grid(self) -> list[list[int]] | None:
+        """None: no board."""
+        return None
+
+
 PROTOCOLS = ("paper", "d1", "spg")
 """How completions are read: by the papers' rules, or exactly as by the code of one family."""
 

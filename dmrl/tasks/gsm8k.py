@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from dmrl.tasks import equality, latex, parsers, tags
-from dmrl.tasks.answers import PROTOCOLS, TEXT, answer_or_box, finished, rendered
+from dmrl.tasks.answers import PROTOCOLS, FreeText, answer_or_box, finished, rendered
 from dmrl.tasks.options import (
     at_least,
     divided,
@@ -48,7 +48,7 @@ class Example(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(FreeText):
     """GSM8K.
 
     Splits:
@@ -95,16 +95,6 @@ class Task:
     def published(self) -> str:
         """The folder of the published files."""
         return "gsm8k"
-
-    @property
-    def alphabet(self) -> str:
-        """Printable ASCII."""
-        return TEXT
-
-    @property
-    def grid(self) -> list[list[int]] | None:
-        """None: free text."""
-        return None
 
     def examples(self, split: str) -> Sequence[Example]:
         """The questions of a split; the same on every call.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from dmrl import sandbox
 from dmrl.tasks import programs
-from dmrl.tasks.answers import TEXT
+from dmrl.tasks.answers import FreeText
 from dmrl.tasks.options import one_of, rows
 
 
@@ -24,7 +24,7 @@ class Example(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(FreeText):
     """HumanEval. One split, 'test'."""
 
     allow_code: bool = False
@@ -45,16 +45,6 @@ class Task:
         programs.allow(self.allow_code)
         one_of("style", self.style, ("published", "compact"))
         one_of("confinement", self.confinement, sandbox.CONFINEMENTS)
-
-    @property
-    def alphabet(self) -> str:
-        """Printable ASCII."""
-        return TEXT
-
-    @property
-    def grid(self) -> list[list[int]] | None:
-        """None: free text."""
-        return None
 
     def examples(self, split: str) -> Sequence[Example]:
         """The problems.

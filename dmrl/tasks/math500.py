@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dmrl.tasks import equality, latex, parsers
-from dmrl.tasks.answers import PROTOCOLS, TEXT, answer_or_box, finished, open_answer, rendered
+from dmrl.tasks.answers import PROTOCOLS, FreeText, answer_or_box, finished, open_answer, rendered
 from dmrl.tasks.options import (
     at_least,
     divided,
@@ -35,7 +35,7 @@ class Example(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(FreeText):
     """MATH.
 
     Splits:
@@ -82,16 +82,6 @@ class Task:
     def published(self) -> str:
         """The folder of the published files."""
         return "math500"
-
-    @property
-    def alphabet(self) -> str:
-        """Printable ASCII."""
-        return TEXT
-
-    @property
-    def grid(self) -> list[list[int]] | None:
-        """None: free text."""
-        return None
 
     def examples(self, split: str) -> Sequence[Example]:
         """The problems of a split; the same on every call.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from dmrl import sandbox
 from dmrl.tasks import programs
-from dmrl.tasks.answers import TEXT
+from dmrl.tasks.answers import FreeText
 from dmrl.tasks.options import at_least, divided, one_of, source_of_rows
 
 
@@ -28,7 +28,7 @@ class Example(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(FreeText):
     """MBPP and its kind.
 
     Splits:
@@ -75,16 +75,6 @@ class Task:
     def published(self) -> str:
         """The folder of the published files."""
         return self.folder
-
-    @property
-    def alphabet(self) -> str:
-        """Printable ASCII."""
-        return TEXT
-
-    @property
-    def grid(self) -> list[list[int]] | None:
-        """None: free text."""
-        return None
 
     def examples(self, split: str) -> Sequence[Example]:
         """The rows of a split; the same on every call.

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dmrl.tasks.answers import TEXT
+from dmrl.tasks.answers import FreeText
 from dmrl.tasks.options import at_least, divided, source_of_rows
 
 
 @dataclass(frozen=True)
-class RowTask:
+class RowTask(FreeText):
     """Rows with a field `prompt`, perhaps `answer` (a completion that earns full reward, for a
     warm start) and `template` (the completion with _ where the model fills).
 
@@ -36,16 +36,6 @@ class RowTask:
     def reward(self, row: Mapping[str, Any], completion: str) -> float:
         """What a completion earns; `row` is all of its line."""
         raise NotImplementedError(f"{type(self).__module__}.Task defines no method `reward`")
-
-    @property
-    def alphabet(self) -> str:
-        """Printable ASCII."""
-        return TEXT
-
-    @property
-    def grid(self) -> list[list[int]] | None:
-        """None: free text."""
-        return None
 
     def examples(self, split: str) -> Sequence[dict[str, Any]]:
         """The rows of a split; the same on every call. Raises as `dmrl.tasks.options.divided`."""

@@ -4,6 +4,9 @@ The 4x4 puzzles are drawn from every puzzle of all 288 grids. A puzzle is 16 or 
 read row by row, '0' for an empty cell. Two published prompt and
 scoring conventions meet here: d1 scores empty cells against one given solution, which
 penalises other valid answers of a puzzle with several; the default reward checks the rules.
+
+Longer than other files (two board sizes, three styles): the rules, the tables of all 288 grids
+and the scoring of one puzzle are read together; the 9x9 solver is in `boards`.
 """
 
 import csv

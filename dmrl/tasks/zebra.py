@@ -3,6 +3,9 @@
 Every puzzle is generated with exactly one solution and no clue that could be left out. The
 reward is the share of cells that are right, which is what UPO (arXiv 2510.05725) calls hit
 rate, or 1 for a whole grid.
+
+Longer than other files: the clues, the search that proves a puzzle unique and the wording of
+each kind of clue are one table of kinds read three ways.
 """
 
 import functools

@@ -33,7 +33,7 @@ DONE = {
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, quick_compile, compile_once):
+def done(tmp_path_factory, compile_once):
     """A finished run, what it returned, and its second stage."""
     workdir = tmp_path_factory.mktemp("done")
     for name in trainer.FILES:  # as left by a run that was killed before its first checkpoint

@@ -28,7 +28,7 @@ function number(value) {
 }
 
 /** A labelled select; `fill` replaces its options, `change` receives the chosen index. */
-function select(text, labels, change, chosen = 0) {
+function select(text, labels, change, chosen = 0, labelClass = '') {
   const node = el('select', {});
   const put = (names, index) => {
     node.replaceChildren(...names.map((name) => el('option', {}, name)));
@@ -36,7 +36,7 @@ function select(text, labels, change, chosen = 0) {
   };
   put(labels, chosen);
   node.addEventListener('change', () => change(node.selectedIndex));
-  return { node, fill: put, label: el('label', {}, el('span', {}, text), node) };
+  return { node, fill: put, label: el('label', {}, el('span', { class: labelClass }, text), node) };
 }
 
 function section(id, title, ...children) {

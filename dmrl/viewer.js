@@ -14,9 +14,10 @@ function whenRank(when) {
 const TITLES_OF_WHEN = { before: 'Before training', after: 'After training' };
 const whenTitle = (when) => TITLES_OF_WHEN[when] || when;
 
-/** A sign for each end of a training: solved or not. */
+/** Solved or not: a sign for each trace, of a training for its two ends. */
 function verdicts(traces) {
   const sign = ({ metrics }) => ({ 1: '✓', 0: '✗' }[metrics?.solved ?? metrics?.correct] || '');
+  if (traces[0].when !== 'before') return traces.map(sign).join('');
   const ends = traces.length > 1 ? [traces[0], traces[traces.length - 1]] : traces;
   return ends.map(sign).filter(Boolean).join(' → ');
 }
@@ -43,6 +44,7 @@ function addViewer(host, keys = host) {
   const reading = el('div', { class: 'reading', 'aria-live': 'polite' });
   const panels = el('div', { class: 'panels' });
   const key = el('div', { class: 'key' });
+  const scale = el('span', { class: 'scale' });
   const bench = el('div', { class: 'bench' }, panels, key);
   const asked = el('pre', {});
   const view = { go: (t) => { stop(); go(t); }, colour: () => COLOURS[colour.node.selectedIndex], top: {} };
@@ -100,20 +102,22 @@ function addViewer(host, keys = host) {
   }
 
   function explain() {
-    key.replaceChildren(...legend(shown.map((item) => item.trace), view.colour(), view.top));
+    const [low, high] = view.colour().ends(view.top);
+    scale.replaceChildren(low, el('span', { class: 'ramp', 'aria-hidden': 'true' }), high);
+    key.replaceChildren(...legend(shown.map((item) => item.trace)));
   }
 
   /** A panel whose heading chooses which trace it shows, if there are more than two. */
   function panel(traces, first, slot) {
     const body = el('div', {});
-    const here = traces[first].setting;
+    const here = settings[setting.node.selectedIndex];
     const title = (trace) => (trace.setting === here ? whenTitle(trace.when) : `${whenTitle(trace.when)}, ${trace.setting}`);
     const put = (i) => {
       shown[slot] = makeBoard(traces[i], title(traces[i]), view);
       body.replaceChildren(shown[slot].panel);
     };
     const head = traces.length > 2
-      ? select('Shown', traces.map(title), (i) => { put(i); settle(); }, first).label
+      ? select('Shown', traces.map(title), (i) => { put(i); settle(); }, first, 'hidden').label
       : el('h3', {}, title(traces[first]));
     panels.append(el('div', { class: 'panel' }, head, body));
     put(first);
@@ -213,7 +217,8 @@ function addViewer(host, keys = host) {
 
   const promptDetails = el('details', { class: 'asked' }, el('summary', {}, 'Prompt'), asked);
   host.append(
-    el('div', { class: 'controls' }, ...(settings.length > 1 ? [setting.label] : []), prompt.label, colour.label),
+    el('div', { class: 'controls' }, ...(settings.length > 1 ? [setting.label] : []), prompt.label,
+      el('span', { class: 'scaled' }, colour.label, scale)),
     promptDetails, bench,
     el('div', { class: 'dock', tabindex: 0, role: 'group', 'aria-label': `Denoising steps. ${KEYS}` },
       el('div', { class: 'controls scrub' }, play,
@@ -227,15 +232,13 @@ function addViewer(host, keys = host) {
 }
 
 /** What the signs on these traces mean, without those that none of them has. */
-function legend(traces, colour, top) {
+function legend(traces) {
   const item = (sign, text) => el('span', {}, sign, text);
   const sample = (name, text) => el('span', { class: `cell sample ${name}`, 'aria-hidden': 'true' }, el('span', { class: 'token' }, text));
   const some = (test) => traces.some((trace) => trace.tokens.some((_, i) => test(trace, i)));
-  const [low, high] = colour.ends(top);
   const judged = some((trace, i) => (trace.answer?.[i] ?? null) !== null && !fixed(trace, i));
   const edited = some((trace, i) => stateOf(trace, i, trace.steps).edited);
   return [
-    el('span', {}, `${colour.name}: ${low}`, el('span', { class: 'ramp', 'aria-hidden': 'true' }), high),
     item(sample('', '·'), 'masked'),
     ...(some((trace, i) => trace.reveal_step[i] === GIVEN) ? [item(sample('revealed given', '1'), 'given')] : []),
     ...(some((trace, i) => trace.reveal_step[i] === INJECTED) ? [item(sample('revealed injected', '1'), 'injected')] : []),

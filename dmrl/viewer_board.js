@@ -60,13 +60,18 @@ function drawnLength(trace) {
 /** Brings a cell to what its position holds after t steps. */
 function showCell(node, trace, i, t, colour, top) {
   const state = stateOf(trace, i, t);
+  const fresh = state.step === t - 1 && t > 0;
+  // Most cells look as they did a step ago, and a long text has hundreds.
+  const look = [state.step, state.text, fresh, colour.name, top.steps, top.entropy].join();
+  if (node.look === look) return;
+  node.look = look;
   const share = state.text === null || state.step === null ? null : colour.share(trace, i, state, top);
   const filled = state.text !== null && state.step !== null;
   const said = filled ? verdict(trace, i, state.text) : '';
-  const broken = trace.violation && filled && t > trace.violation.step && i === trace.violation.position;
+  const broken = filled && i === trace.violation?.position && state.step === trace.violation.step;
   const classes = {
     revealed: state.text !== null, filled, wrong: said === 'wrong', right: said === 'right',
-    fresh: state.step === t - 1 && t > 0, remasked: state.remasked, edited: state.edited,
+    fresh, remasked: state.remasked, edited: state.edited,
     given: !filled && trace.reveal_step[i] === GIVEN, injected: !filled && trace.reveal_step[i] === INJECTED,
     unknown: filled && share === null, violation: broken,
     after: (trace.length ?? Infinity) <= i,
@@ -185,6 +190,7 @@ function makeBoard(trace, name, view) {
       const now = Math.min(t, trace.steps);
       const { text } = stateOf(trace, i, now);
       const said = { right: ' ✓ right', wrong: ' ✗ wrong' }[verdict(trace, i, text)] || '';
-      return `${place(trace, i)}: ${text === null ? '·' : visible(text)}${said} · ${story(trace, i, now)}`;
+      const held = text === null ? '' : `${visible(text)}${said} · `;
+      return `${place(trace, i)}: ${held}${story(trace, i, now)}`;
     } };
 }

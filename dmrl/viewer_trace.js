@@ -108,8 +108,9 @@ function story(trace, i, t) {
   const parts = [...started, ...events];
   if (!parts.length) parts.push('masked');
   const { probability, entropy } = confidence(trace, i, state);
-  if (probability !== null) parts.push(`probability ${number(probability)}`);
-  if (entropy !== null) parts.push(`entropy ${number(entropy)} nats`);
+  const short = (value) => number(Number(value.toPrecision(3)));
+  if (probability !== null) parts.push(`probability ${short(probability)}`);
+  if (entropy !== null) parts.push(`entropy ${short(entropy)} nats`);
   if (state.step !== null && state.text !== null && probability === null) parts.push('probability not recorded');
   return parts.join(' · ');
 }

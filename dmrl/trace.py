@@ -110,8 +110,8 @@ def make(
     }
 
 
-def texts(tok: Any, tokens: Iterable[int]) -> list[str]:
-    """The text of each token by itself; '' for EOS and other special tokens.
+def texts(tok: Any, tokens: Any) -> list[str]:
+    """The text of each of `tokens` [n] by itself; '' for EOS and other special tokens.
 
     A piece of a character that several tokens spell is shown as the vocabulary writes it.
     """
@@ -190,7 +190,7 @@ def _unmasked(reader: Reader, tokens: NDArray[Any]) -> list[str | None]:
     return [None if t == reader.mask_id else x for t, x in zip(tokens, found, strict=True)]
 
 
-def _length(tokens: NDArray[np.int32], eos_id: int) -> int:
+def _length(tokens: NDArray[Any], eos_id: int) -> int:
     ends = np.flatnonzero(tokens == eos_id)
     return int(ends[0]) + 1 if len(ends) else len(tokens)
 

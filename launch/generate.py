@@ -102,8 +102,10 @@ def prompts() -> list[dict[str, Any]]:
 
 def completed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with the completions of --checkpoint; the page of --trace is written."""
-    from dmrl import viewer
+    from dmrl import policy, viewer
 
+    for place in filter(None, (CHECKPOINT.value, COMPARE.value)):
+        policy.folder(place)  # both before the work of the first
     logging.getLogger("jax").setLevel(logging.WARNING)
     lines, traces, decoder = decoded(CHECKPOINT.value, rows)
     if COMPARE.value:

@@ -96,3 +96,25 @@ def test_rows_are_chosen_by_prompt_and_malformed_ones_counted():
     kept, left_out, malformed = viewer.choose(rows)
     assert (len(kept), left_out, malformed) == (2 * viewer.MAX_IDS, 2, 3)
     assert [r["steps"] for r in kept if (r["when"], r["id"]) == ("after", "0")] == [3]
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+def test_the_colour_scale_reads_without_hues(theme):
+    """Luminance falls along it, and the text on it keeps the contrast that WCAG asks for."""
+    style = (Path(page.__file__).parent / "page.css").read_text(encoding="utf-8")
+
+    def luminance(name: str) -> float:
+        found = re.search(rf"--{name}: light-dark\((#\w{{6}}), (#\w{{6}})\)", style)
+        assert found is not None
+        colour = found[1 + theme]
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    early, middle, late, ink = map(luminance, ("early", "middle", "late", "ink"))
+    assert early > 1.2 * middle > 1.44 * late
+    for back in (early, middle, late):
+        assert (max(back, ink) + 0.05) / (min(back, ink) + 0.05) > 4.5
+    for sign in map(luminance, ("right", "wrong")):  # the marks beside it: 3, as for graphics
+        for back in (early, middle, late):
+            assert (max(back, sign) + 0.05) / (min(back, sign) + 0.05) > 3

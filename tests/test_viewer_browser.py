@@ -1,8 +1,6 @@
 """The viewer of traces in a real browser (see `browser.py` for where to get one)."""
 
 import math
-import re
-import time
 from typing import Any
 
 import pytest
@@ -335,7 +333,10 @@ def test_phone_does_not_scroll_sideways(browser, tmp_path):
 
 
 def test_many_long_traces_stay_quick(browser, tmp_path):
-    """64 prompts, two policies, 256 tokens in 128 steps: opening, and a step of the bar."""
+    """64 prompts, two policies, 256 tokens in 128 steps: counted, as clocks of test machines lie.
+
+    What is not shown is not drawn, and a step touches no more than what it changes.
+    """
     rows = [
         text(
             id=str(i),
@@ -350,14 +351,16 @@ def test_many_long_traces_stay_quick(browser, tmp_path):
         for i in range(64)
         for when in ("a", "b")
     ]
-    began = time.monotonic()
     page = shown(browser, tmp_path, *rows)
-    assert time.monotonic() - began < 5
-    took = page.run(
-        "const b = document.querySelector('#scrub'), t = performance.now();"
+    assert page.run("return document.querySelectorAll('*').length") < 3 * 2 * 256
+    counts = page.run(
+        "const seen = new MutationObserver(() => {}), counts = [];"
+        "seen.observe(document.querySelector('.panels'),"
+        " {subtree: true, childList: true, attributes: true, characterData: true});"
+        "const b = document.querySelector('#scrub');"
         "for (let i = 0; i <= 128; i++) { b.value = i; b.dispatchEvent(new Event('input'));"
-        " document.body.offsetHeight; }"
-        "return (performance.now() - t) / 129"
+        " counts.push(seen.takeRecords().length); }"
+        "return counts"
     )
-    assert took < 100, f"{took} ms a step"
-    assert re.fullmatch("256 of 256 filled", of(page, ".status")[0])
+    assert 2 * 2 < max(counts[2:]) < 200  # two new tokens and two that are no longer, twice
+    assert of(page, ".status") == ["256 of 256 filled"] * 2

@@ -157,6 +157,8 @@ def test_generate_says_what_is_wrong(tmp_path):
     here = f"--checkpoint={tmp_path}"
     said = launch("generate.py", here, f"--compare={tmp_path}/a", "--prompt=a", code=1)
     assert "give --trace=FILE.html too" in said
+    said = launch("generate.py", here, f"--compare={tmp_path}", "--trace=t", "--prompt=a", code=1)
+    assert f"--compare={tmp_path} is the policy of --checkpoint itself" in said
     said = launch("generate.py", here, f"--trace={tmp_path}/no/t.html", "--prompt=a", code=1)
     assert f"there is no folder {tmp_path}/no" in said
     said = launch("generate.py", f"--checkpoint={tmp_path}", given="", code=1)

@@ -16,7 +16,7 @@ from dmrl.checkpoint import Checkpoints
 from dmrl.held import Held
 from dmrl.models import weights
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 def run(workdir, options, **overrides):
@@ -33,7 +33,7 @@ DONE = {
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, quick_compile, compile_once):
+def done(tmp_path_factory, compile_once):
     """A finished run, what it returned, and its second stage."""
     workdir = tmp_path_factory.mktemp("done")
     for name in trainer.FILES:  # as left by a run that was killed before its first checkpoint

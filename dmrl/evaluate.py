@@ -26,9 +26,12 @@ class Decoded(NamedTuple):
 
 
 def setting_name(sampling: Sampling) -> str:
-    """`greedy_16` or `sampled_4_random`: how tokens are drawn, in how many steps, what order."""
-    order = "" if sampling.order == "low_confidence" else f"_{sampling.order}"
-    return f"{'sampled' if sampling.temperature else 'greedy'}_{sampling.steps}{order}"
+    """`greedy_16` or `sampled_4_random`: how tokens are drawn, steps, rules if not the usual."""
+    plain = Sampling(sampling.length, sampling.steps, sampling.block_length)
+    rules = [getattr(sampling, name) for name in ("order", "schedule", "remask", "cache")]
+    usual = [getattr(plain, name) for name in ("order", "schedule", "remask", "cache")]
+    others = "".join(f"_{r}" for r, u in zip(rules, usual, strict=True) if r != u)
+    return f"{'sampled' if sampling.temperature else 'greedy'}_{sampling.steps}{others}"
 
 
 def decode(

@@ -37,8 +37,9 @@ class Held:
         own = recipe.sampling
         self.greedy = dataclasses.replace(own, temperature=0.0)
         more = [dataclasses.replace(self.greedy, steps=n) for n in recipe.evaluation.steps]
-        self.settings = list(dict.fromkeys([own, *more]))
-        """The run's own way of decoding, and those that the recipe adds."""
+        exact = [dataclasses.replace(own, cache="none")]  # what the approximation costs in reward
+        self.settings = list(dict.fromkeys([own, *exact, *more]))
+        """The run's own way of decoding, the same without a cache, and those the recipe adds."""
         shards = parallel.batch_shards(mesh)
         self.batch = -(-recipe.evaluation.batch // shards) * shards
         self.key = jax.random.fold_in(jax.random.key(recipe.seed), 10)

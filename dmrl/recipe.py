@@ -150,6 +150,8 @@ def build(config: Mapping[str, Any]) -> Recipe:
             f"{', '.join(probing)}: set it to 0, or drop the term"
         )
     _check_agree(terms, config)
+    sampling = section(Sampling, config["sampling"], "sampling")
+    _check_sampling(terms, sampling)
     rescue = section(Rescue, config["rescue"], "rescue")
     if rescue.fraction and probing:
         raise ValueError(
@@ -167,7 +169,7 @@ def build(config: Mapping[str, Any]) -> Recipe:
         model=model,
         init_from=config["model"]["init_from"],
         max_prompt_length=config["max_prompt_length"],
-        sampling=section(Sampling, config["sampling"], "sampling"),
+        sampling=sampling,
         terms=tuple(terms),
         optimizer=section(optim.Optimizer, config["optimizer"], "optimizer"),
         loop=section(Loop, config, "", partial=True),
@@ -181,6 +183,24 @@ def build(config: Mapping[str, Any]) -> Recipe:
         mesh=dict(config["mesh"]),
         metrics=metrics.known(config["metrics"]),
     )
+
+
+def _check_sampling(terms: Sequence[Term], sampling: Sampling) -> None:
+    """Raises ValueError where a term reads from a rollout what this sampler does not tell."""
+    per_step = [t.name for t in terms if getattr(t.algorithm, "READS_REVEAL_STEP", False)]
+    if sampling.remasks and per_step:
+        raise ValueError(
+            f"sampling.remask={sampling.remask!r} changes revealed tokens, but "
+            f"{', '.join(per_step)} scores what each step revealed: set it to 'none'"
+        )
+    drafting = [t.name for t in terms if "drafts" in needs([t])]
+    for name in ("schedule", "cache"):
+        unfit = sampling.adaptive if name == "schedule" else sampling.approximate
+        if drafting and unfit:
+            raise ValueError(
+                f"sampling.{name}={getattr(sampling, name)!r} gives no drafts of whole completions "
+                f"step by step, which {', '.join(drafting)} needs: take the default"
+            )
 
 
 def _check_preferences(config: Mapping[str, Any], terms: Sequence[Term], rescue: Rescue) -> None:

@@ -208,13 +208,16 @@ class Reinforce:
                 found = self._rescue(found, self.traces.of(rows), behaviour, number, key)
             scored.append(found)
             rewarding += time.perf_counter() - clock
+        drift = {}
+        if self.recipe.sampling.approximate:
+            drift = self.programs.drift(behaviour, self.held.frozen, launched[0][0], key)
         before_update = time.perf_counter()
         ready = [scoring.rewarded(s, self._put) for s in scored]
         state, metrics = self.programs.update(
             state, self.held.frozen, [r for r, _ in ready], [p for _, p in ready], key
         )
         values = scoring.statistics(self.recipe, scored)  # on the host, while the device updates
-        values |= {k: float(v) for k, v in jax.device_get(metrics).items()}
+        values |= {k: float(v) for k, v in jax.device_get(metrics | drift).items()}
         end = time.perf_counter()
         values |= {
             "learning_rate": float(self.schedule(in_phase * loop.num_iterations)),

@@ -1,5 +1,6 @@
 """Decode a held-out split and score it: yields (name, value) for every setting."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -26,12 +27,12 @@ class Decoded(NamedTuple):
 
 
 def setting_name(sampling: Sampling) -> str:
-    """`greedy_16` or `sampled_4_random`: how tokens are drawn, steps, rules if not the usual."""
-    plain = Sampling(sampling.length, sampling.steps, sampling.block_length)
-    rules = [getattr(sampling, name) for name in ("order", "schedule", "remask", "cache")]
-    usual = [getattr(plain, name) for name in ("order", "schedule", "remask", "cache")]
-    others = "".join(f"_{r}" for r, u in zip(rules, usual, strict=True) if r != u)
-    return f"{'sampled' if sampling.temperature else 'greedy'}_{sampling.steps}{others}"
+    """`greedy_16` or `sampled_4_random_rcr`: how tokens are drawn, in how many steps, and by which
+    order, schedule, remasking and cache where they are not the usual ones."""
+    usual = {f.name: f.default for f in dataclasses.fields(Sampling)}
+    rules = {name: getattr(sampling, name) for name in ("order", "schedule", "remask", "cache")}
+    others = [rule for name, rule in rules.items() if rule != usual[name]]
+    return "_".join(["sampled" if sampling.temperature else "greedy", str(sampling.steps), *others])
 
 
 def decode(

@@ -36,6 +36,20 @@ class WarmStart:
 
 
 @dataclasses.dataclass(frozen=True)
+class Imitation:
+    """Before stage 2 of a run that trains an order: supervised by max-confidence."""
+
+    steps: int = 0
+    """At most this many; 0 leaves the order as it was drawn."""
+    target: float = 0.95
+    """Stop as soon as the order's favourite is a most confident position in at least this share
+    of validation states."""
+    batch: int = 16
+    """Trajectories of an update, each with as many states as masks; as many validate."""
+    evaluate_every: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """When and how held-out splits are decoded."""
 
@@ -119,6 +133,8 @@ class Recipe(typing.NamedTuple):
     loop: Loop
     warm_start: WarmStart
     warm_optimizer: optim.Optimizer
+    imitation: Imitation
+    imitation_optimizer: optim.Optimizer
     evaluation: Evaluation
     rescue: Rescue
     preferences: str
@@ -141,6 +157,7 @@ def build(config: Mapping[str, Any]) -> Recipe:
         options = dict(options)
         terms.append(make_term(name, float(options.pop("weight")), options))
     terms = [t for t in terms if t.weight]
+    _check_order(terms, config, model)
     guidance = config["sampling"]["cfg_scale"]
     probing = [t.name for t in terms if hasattr(t.algorithm, "probes")]
     if guidance and probing:
@@ -174,12 +191,37 @@ def build(config: Mapping[str, Any]) -> Recipe:
         warm_optimizer=section(
             optim.Optimizer, config["warm_start"]["optimizer"], "warm_start.optimizer"
         ),
+        imitation=section(Imitation, config["imitation"], "imitation", partial=True),
+        imitation_optimizer=section(
+            optim.Optimizer, config["imitation"]["optimizer"], "imitation.optimizer"
+        ),
         evaluation=section(Evaluation, config["evaluation"], "evaluation"),
         rescue=rescue,
         preferences=config["preferences"],
         mesh=dict(config["mesh"]),
         metrics=metrics.known(config["metrics"]),
     )
+
+
+def _check_order(terms: Sequence[Term], config: Mapping[str, Any], model: models.Config) -> None:
+    """Raises ValueError where an order and a denoiser would both be trained, or neither."""
+    orders = [t.name for t in terms if "order" in needs([t])]
+    others = [t.name for t in terms if t.name not in orders]
+    if orders and others:
+        raise ValueError(
+            f"{', '.join(orders)} trains an order and keeps the denoiser, {', '.join(others)} "
+            "trains the denoiser: two runs, after which either decodes with the other"
+        )
+    if orders and model.lora_rank:
+        raise ValueError(
+            f"model.lora_rank={model.lora_rank}: {', '.join(orders)} trains no adapter; set it to "
+            "0 (launch/convert.py adds a trained one to its base)"
+        )
+    if not orders and model.param_dtype != "float32" and not model.lora_rank:
+        raise ValueError(
+            f"without an adapter all weights are trained and need model.param_dtype='float32', "
+            f"not {model.param_dtype!r} (compute may stay model.dtype='bfloat16')"
+        )
 
 
 def _check_preferences(config: Mapping[str, Any], terms: Sequence[Term], rescue: Rescue) -> None:
@@ -195,7 +237,11 @@ def _check_preferences(config: Mapping[str, Any], terms: Sequence[Term], rescue:
         raise ValueError(f"preferences are not sampled, but {who} needs rollouts: drop one of them")
 
 
-SAME = {"group_size": ("num_generations",), "block_length": ("sampling", "block_length")}
+SAME = {
+    "group_size": ("num_generations",),
+    "block_length": ("sampling", "block_length"),
+    "steps": ("sampling", "steps"),
+}
 """Options of terms that repeat a value which the loop or the sampler owns."""
 
 
@@ -270,9 +316,4 @@ def _tokenizer_and_model(config: Mapping[str, Any], task: tasks.Task) -> tuple[A
     model = section(models.Config, values, "model")
     if init_from:
         _check_fits(init_from, model)
-    if not model.lora_rank and model.param_dtype != "float32":
-        raise ValueError(
-            f"without an adapter all weights are trained and need model.param_dtype='float32', "
-            f"not {model.param_dtype!r} (compute may stay model.dtype='bfloat16')"
-        )
     return tok, model

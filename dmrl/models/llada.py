@@ -6,6 +6,7 @@ the LLaDA vocabulary is 506 kB.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -258,10 +259,9 @@ class LLaDA(nn.Module):
         self, tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], window: Window | None = None
     ) -> Float[Array, "b w d"]:
         cfg = self.cfg
-        if tokens.shape[1] > cfg.max_sequence_length:
-            raise ValueError(
-                f"sequence of {tokens.shape[1]} tokens exceeds {cfg.max_sequence_length=}"
-            )
+        _check_length(cfg, tokens)
+        if window is not None:
+            return self.finish(self.trunk(tokens, valid), valid, window)
         param_dtype = jnp.dtype(cfg.param_dtype)
         embedding = self.param(
             "embedding",
@@ -275,15 +275,38 @@ class LLaDA(nn.Module):
             (cfg.d_model, cfg.vocab_size),
             param_dtype,
         )
-        positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
-        x = embedding[tokens.reshape(-1)].astype(cfg.dtype)
-        x = constrain(x, BATCH_AXES, None)
-        turns = rotation(positions, cfg.head_dim, cfg.rope_theta)
-        if window is None:
-            x = self._all_layers(x, valid, turns)
-        else:
-            x = self._layers_to_window(x, valid, turns, window)
+        x = embedded(cfg, embedding, tokens)
+        x = self._all_layers(x, valid, turns(cfg, valid))
         return RMSNorm(cfg, name="ln_f")(x).reshape(tokens.shape[0], -1, cfg.d_model)
+
+    def trunk(self, tokens: Int[Array, "b s"], valid: Bool[Array, "b s"]) -> Float[Array, "b s d"]:
+        """What enters the last layer: the residual stream. Not for differentiation.
+
+        A loop over layer numbers: cutting the stacked weights in two would copy them.
+        """
+        cfg = self.cfg
+        _check_length(cfg, tokens)
+        x, rotated = embedded(cfg, self.variables["params"]["embedding"], tokens), turns(cfg, valid)
+        layers = self._layers()
+
+        def apply(x: jax.Array, layer: jax.Array) -> tuple[jax.Array, None]:
+            return layers(layer, x, valid, rotated)
+
+        before = cfg.n_layers - 1
+        unroll = 1 if cfg.remat != "none" else max(before, 1)
+        x, _ = jax.lax.scan(apply, x, jnp.arange(before), unroll=unroll)
+        return x.reshape(*tokens.shape, cfg.d_model)
+
+    def finish(
+        self, stream: Float[Array, "b s d"], valid: Bool[Array, "b s"], window: Window
+    ) -> Float[Array, "b w d"]:
+        """`trunk` -> what `__call__` gives with that window: the last layer and the norm."""
+        cfg = self.cfg
+        x = stream.reshape(-1, cfg.d_model)
+        x, _ = self._layers()(cfg.n_layers - 1, x, valid, turns(cfg, valid), window)
+        norm = {"params": self.variables["params"]["ln_f"]}
+        x = jnp.asarray(RMSNorm(cfg, parent=None).apply(norm, x))
+        return x.reshape(valid.shape[0], -1, cfg.d_model)
 
     def _all_layers(self, x: jax.Array, valid: jax.Array, turns: Rotation) -> jax.Array:
         cfg, block = self.cfg, Block
@@ -302,24 +325,36 @@ class LLaDA(nn.Module):
         x, _ = layers(cfg, name="blocks")(x, valid, turns)
         return x
 
-    def _layers_to_window(
-        self, x: jax.Array, valid: jax.Array, turns: Rotation, window: Window
-    ) -> jax.Array:
-        """A loop over layer numbers: cutting the stacked weights in two would copy them."""
-        cfg = self.cfg
-        block = Block(cfg, parent=None)
+    def _layers(self) -> Callable[..., Any]:
+        """(number, what `Block` takes) -> what that layer gives."""
+        block = Block(self.cfg, parent=None)
         stacked = {
             name: tree["blocks"] for name, tree in self.variables.items() if "blocks" in tree
         }
 
-        def apply(x: jax.Array, layer: int | jax.Array, window: Window | None = None) -> Any:
-            weights = jax.tree.map(lambda leaf: leaf[layer], stacked)
-            return block.apply(weights, x, valid, turns, window)
+        def layer(number: int | jax.Array, *args: Any) -> Any:
+            return block.apply(jax.tree.map(lambda leaf: leaf[number], stacked), *args)
 
-        before = cfg.n_layers - 1
-        unroll = 1 if cfg.remat != "none" else max(before, 1)
-        x, _ = jax.lax.scan(apply, x, jnp.arange(before), unroll=unroll)
-        return apply(x, before, window)[0]
+        return layer
+
+
+def embedded(
+    cfg: Config, embedding: Float[Array, "v d"], tokens: Int[Array, "b s"]
+) -> Float[Array, "n d"]:
+    """The residual stream before the first layer, all positions of all rows as one axis."""
+    x = embedding[tokens.reshape(-1)].astype(cfg.dtype)
+    return constrain(x, BATCH_AXES, None)
+
+
+def turns(cfg: Config, valid: Bool[Array, "b s"]) -> Rotation:
+    """The rotations of all positions, which count from a row's first valid one."""
+    positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
+    return rotation(positions, cfg.head_dim, cfg.rope_theta)
+
+
+def _check_length(cfg: Config, tokens: jax.Array) -> None:
+    if tokens.shape[1] > cfg.max_sequence_length:
+        raise ValueError(f"sequence of {tokens.shape[1]} tokens exceeds {cfg.max_sequence_length=}")
 
 
 def init(cfg: Config, key: jax.Array) -> dict[str, Any]:

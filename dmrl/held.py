@@ -12,6 +12,9 @@ from dmrl.programs import Programs
 from dmrl.recipe import Recipe
 
 
+HEURISTIC = "low_confidence"
+
+
 class Evaluated(NamedTuple):
     """Measurements of one moment, example trajectories, and whether the stage is finished."""
 
@@ -35,8 +38,16 @@ class Held:
             )
         self.recipe, self.mesh, self.frozen = recipe, mesh, None
         own = recipe.sampling
-        self.greedy = dataclasses.replace(own, temperature=0.0)
-        more = [dataclasses.replace(self.greedy, steps=n) for n in recipe.evaluation.steps]
+        self.greedy = own.greedy
+        self.unlearned = own.greedy
+        """By a heuristic where `own` is learned: before there is an order, and to learn from."""
+        if own.learned:
+            self.unlearned = dataclasses.replace(own.greedy, order=HEURISTIC)
+        more = [
+            dataclasses.replace(self.greedy, steps=n, order=order)
+            for order in (self.greedy.order, *recipe.evaluation.orders)
+            for n in recipe.evaluation.steps
+        ]
         self.settings = list(dict.fromkeys([own, *more]))
         """The run's own way of decoding, and those that the recipe adds."""
         shards = parallel.batch_shards(mesh)

@@ -17,8 +17,6 @@ from dmrl.stages import StepResult, check_shared
 
 FOLDER = "order"
 """Of a run, beside `weights`."""
-HEURISTIC = "low_confidence"
-"""The order that is imitated."""
 
 
 def is_trained(recipe: Recipe) -> bool:
@@ -87,7 +85,7 @@ class Imitation:
         self.programs = Programs(
             recipe.model,
             (make_term("imitation", 1.0, options),),
-            dataclasses.replace(held.greedy, order=HEURISTIC),
+            held.unlearned,
             optim.make(recipe.imitation_optimizer, self.steps),
             mesh,
         )

@@ -59,6 +59,8 @@ class Evaluation:
     """Examples per validation."""
     steps: tuple[int, ...] = ()
     """Numbers of denoising steps to decode with greedily, beside the run's own settings."""
+    orders: tuple[str, ...] = ()
+    """Further orders to decode with, each in all of `steps`."""
     splits: tuple[str, ...] = ("test",)
     """Decoded whole, once before and once after training."""
     batch: int = 256
@@ -157,7 +159,8 @@ def build(config: Mapping[str, Any]) -> Recipe:
         options = dict(options)
         terms.append(make_term(name, float(options.pop("weight")), options))
     terms = [t for t in terms if t.weight]
-    _check_order(terms, config, model)
+    sampling = section(Sampling, config["sampling"], "sampling")
+    _check_order(terms, sampling, model)
     guidance = config["sampling"]["cfg_scale"]
     probing = [t.name for t in terms if hasattr(t.algorithm, "probes")]
     if guidance and probing:
@@ -183,7 +186,7 @@ def build(config: Mapping[str, Any]) -> Recipe:
         model=model,
         init_from=config["model"]["init_from"],
         max_prompt_length=config["max_prompt_length"],
-        sampling=section(Sampling, config["sampling"], "sampling"),
+        sampling=sampling,
         terms=tuple(terms),
         optimizer=section(optim.Optimizer, config["optimizer"], "optimizer"),
         loop=section(Loop, config, "", partial=True),
@@ -203,25 +206,43 @@ def build(config: Mapping[str, Any]) -> Recipe:
     )
 
 
-def _check_order(terms: Sequence[Term], config: Mapping[str, Any], model: models.Config) -> None:
+def _check_order(terms: Sequence[Term], sampling: Sampling, model: models.Config) -> None:
     """Raises ValueError where an order and a denoiser would both be trained, or neither."""
-    orders = [t.name for t in terms if "order" in needs([t])]
-    others = [t.name for t in terms if t.name not in orders]
-    if orders and others:
+    orders = [t for t in terms if "order" in needs([t])]
+    others = ", ".join(t.name for t in terms if t not in orders)
+    names = ", ".join(t.name for t in orders)
+    if not orders:
+        if sampling.learned:
+            raise ValueError(f"sampling.order={sampling.order!r}, but no term trains an order")
+        if not model.lora_rank and model.param_dtype != "float32":
+            raise ValueError(
+                "without an adapter all weights are trained and need "
+                f"model.param_dtype='float32', not {model.param_dtype!r} (compute may stay "
+                "model.dtype='bfloat16')"
+            )
+        return
+    if others:
         raise ValueError(
-            f"{', '.join(orders)} trains an order and keeps the denoiser, {', '.join(others)} "
-            "trains the denoiser: two runs, after which either decodes with the other"
+            f"{names} trains an order and keeps the denoiser, {others} trains the denoiser: make "
+            "it two runs, after which either decodes with the other"
         )
-    if orders and model.lora_rank:
+    if model.lora_rank:
         raise ValueError(
-            f"model.lora_rank={model.lora_rank}: {', '.join(orders)} trains no adapter; set it to "
-            "0 (launch/convert.py adds a trained one to its base)"
+            f"model.lora_rank={model.lora_rank}, but {names} trains no adapter: set it to 0 "
+            "(launch/convert.py adds a trained one to its base)"
         )
-    if not orders and model.param_dtype != "float32" and not model.lora_rank:
+    if not sampling.learned or sampling.adaptive or sampling.remasks:
         raise ValueError(
-            f"without an adapter all weights are trained and need model.param_dtype='float32', "
-            f"not {model.param_dtype!r} (compute may stay model.dtype='bfloat16')"
+            f"{names} trains the order of a sampler with order='learned:T', schedule='uniform' and "
+            f"remask='none', not {sampling.order!r}, {sampling.schedule!r}, {sampling.remask!r}"
         )
+    for term in orders:
+        wanted = getattr(term.hyper, "top_k", 0)
+        if wanted != sampling.order_rule.top_k:
+            raise ValueError(
+                f"terms.{term.name}.top_k={wanted}, but sampling.order={sampling.order!r}: give "
+                f"it the same K, 'learned:{sampling.order_rule.temperature},{wanted}'"
+            )
 
 
 def _check_preferences(config: Mapping[str, Any], terms: Sequence[Term], rescue: Rescue) -> None:

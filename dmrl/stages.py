@@ -110,7 +110,7 @@ class WarmStart:
         if not number or (number % settings.evaluate_every and number < self.steps):
             return None
         size = self.recipe.evaluation.size
-        greedy = self.held.greedy
+        greedy = self.held.unlearned
         found = self.held.measure(state.trainable, "validation", [greedy], size)
         rate = found.values[f"eval/validation/{evaluate.setting_name(greedy)}/solved"]
         return found._replace(done=rate >= settings.target)

@@ -10,7 +10,7 @@ Axes, everywhere:
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -29,6 +29,20 @@ HINT = -2
 
 FLAGS, TOP = 2, 8
 """What a learned order reads of a position beside hidden states: flags, highest probabilities."""
+
+
+class Cached(NamedTuple):
+    """Forwards that keep, and forwards that use, the keys and values of every layer.
+
+    The store is theirs alone. What `extend` gives differs from `encode` by what the other
+    positions would have answered to the tokens that changed since `prefill`.
+    """
+
+    prefill: Callable[..., tuple[Float[Array, "batch width d"], Any]]
+    """(tokens [B,S], valid [B,S], start, width) -> what `Denoiser.window` gives, and the store."""
+    extend: Callable[..., Float[Array, "batch width d"]]
+    """(tokens, valid, store, start, width) -> hidden of the window, whose own keys and values are
+    fresh while all others come from the store."""
 
 
 class Denoiser(NamedTuple):
@@ -55,6 +69,8 @@ class Denoiser(NamedTuple):
     """(tokens, valid, start, width) -> (what `window` gives, score): a learned order. `score` maps
     features [B,W,F] of these positions (`dmrl.diffusion.decisions`) to scores [B,W], and is
     differentiated by the order's own parameters alone; None: the model has none."""
+    cached: Cached | None = None
+    """For samplers that reuse keys and values; None: there is no such way."""
 
 
 class Models(NamedTuple):

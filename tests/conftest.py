@@ -4,7 +4,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import compiling
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.update(compiling.QUICKLY)
 
 import jax
 import jaxtyping
@@ -45,11 +48,11 @@ def data_dir() -> Path:
 
 
 @pytest.fixture(scope="module")
-def quick_compile() -> Iterator[None]:
-    """For modules of many small programs, whose compilation takes longer than their run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimised() -> Iterator[None]:
+    """For modules that look at compiled programs or run one for long."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")

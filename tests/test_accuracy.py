@@ -15,7 +15,6 @@ from dmrl import accuracy, models, parallel, policy, protocol, recipe, results
 from dmrl.diffusion.sampler import Sampling
 from dmrl.models import weights
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 HELD = {"task__held_out_size": 11}
 
 

@@ -16,7 +16,7 @@ from dmrl.checkpoint import Checkpoints
 from dmrl.held import Held
 from dmrl.models import weights
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 def run(workdir, options, **overrides):

@@ -12,7 +12,7 @@ import tiny
 
 from dmrl import models
 from dmrl.algorithms import imitation, upo
-from dmrl.diffusion import decisions
+from dmrl.diffusion import decisions, order
 from dmrl.models import unmasking
 from dmrl.types import TEMPLATE, Models
 
@@ -297,19 +297,19 @@ def test_ties_of_confidence_share_the_target():
 def test_the_law_is_normalised_over_candidates_alone():
     score = jax.random.normal(jax.random.key(3), (4, 6))
     allowed = jnp.array([[1, 0, 1, 1, 0, 0], [0] * 6, [0, 0, 0, 0, 0, 1], [1] * 6], bool)
-    law = np.asarray(decisions.log_law(score, allowed))
+    law = np.asarray(order.log_law(score, allowed))
     assert (law[~np.asarray(allowed)] == -np.inf).all()
     np.testing.assert_allclose(np.exp(law).sum(-1), [1, 0, 1, 1], atol=1e-6)
-    moved = decisions.log_law(jnp.where(allowed, score, 99.0), allowed)
+    moved = order.log_law(jnp.where(allowed, score, 99.0), allowed)
     np.testing.assert_array_equal(law, moved)
 
 
 def test_top_k_allows_the_most_confident_masks_and_no_other():
     confidence = jnp.array([[0.9, 0.2, 0.8, 0.5, 0.4], [0.1, 0.2, 0.3, 0.4, 0.5]])
     masked = jnp.array([[False, True, True, True, True], [False, False, False, True, False]])
-    got = decisions.candidates(confidence, masked, 2)
+    got = order.most_confident(confidence, masked, 2)
     np.testing.assert_array_equal(got, [[0, 0, 1, 1, 0], [0, 0, 0, 1, 0]])
-    np.testing.assert_array_equal(decisions.candidates(confidence, masked, 0), masked)
+    np.testing.assert_array_equal(order.most_confident(confidence, masked, 0), masked)
     law = upo.reference_law(decisions.Decision(confidence, confidence, got, got), UNIFORM)
     np.testing.assert_allclose(law[got], [-np.log(2), -np.log(2), 0], atol=1e-6)
 
@@ -394,7 +394,7 @@ def test_the_authors_numbers(recorded_more, name):
     by_step = recorded["log_ref_probs"][:, None] / steps
 
     def loss(scores):
-        law = decisions.log_law(scores, allowed)
+        law = order.log_law(scores, allowed)
         cross_entropy, _ = decisions.imitation(decisions.Decision(law, confidence, allowed, chosen))
         zeros = jnp.zeros((rows, steps))
         found = upo.Read(

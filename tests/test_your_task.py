@@ -105,7 +105,6 @@ def test_mistakes_in_a_task_of_ones_own_are_told():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 def test_the_example_trains_is_evaluated_and_completes_prompts(workdir, tmp_path):
     lines = rows(workdir / "metrics.jsonl")
     assert len([r for r in lines if r["stage"] == "rl" and "grad_norm" in r]) == 2

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from dmrl.algorithms import advantage, surrogate
 from dmrl.diffusion import decisions
+from dmrl.diffusion.order import log_law
 from dmrl.types import Inner, Metrics, Models, PRNGKey, Probe, Rollout
 
 REFERENCES = ("max_confidence", "softmax_confidence", "top_k")
@@ -157,7 +158,7 @@ def reference_law(decision: decisions.Decision, hp: Hyper) -> Float[Array, "n w"
     confidence = decision.confidence / hp.tau
     if hp.reference != "softmax_confidence":
         confidence = jnp.zeros_like(confidence)
-    return decisions.log_law(confidence, decision.candidates)
+    return log_law(confidence, decision.candidates)
 
 
 def objective(

@@ -1,7 +1,7 @@
-"""The decisions of a learned order: what it reads, its law, and a finished trajectory's decisions.
+"""The decisions of a learned order, visited again along a finished trajectory.
 
 A learned order g(i | x) is a softmax over candidates: the masked positions of the block, or the K
-of them that the denoiser is most confident of. Source: UPO, arXiv 2510.05725.
+of them that the denoiser is most confident of (`order.Learned`). Source: UPO, arXiv 2510.05725.
 """
 
 from collections.abc import Callable
@@ -13,35 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dmrl.diffusion.likelihood import over_positions
-from dmrl.diffusion.order import select_top
-from dmrl.types import TOP, Denoiser, Rollout
-
-
-def top_probabilities(log_p: Float[Array, "*n v"]) -> Float[Array, "*n k"]:
-    """The TOP highest probabilities in descending order; MASK, which has none, is left out."""
-    return jnp.exp(jax.lax.top_k(log_p, min(TOP, log_p.shape[-1] - 1))[0])
-
-
-def features(top: Float[Array, "n w k"], masked: Bool[Array, "n w"]) -> Float[Array, "n w f"]:
-    """What the policy reads beside hidden states: in the block (all of these), masked, `top`."""
-    flags = jnp.stack([jnp.ones_like(masked), masked], axis=-1)
-    return jnp.concatenate([flags.astype(top.dtype), top], axis=-1)
-
-
-def candidates(
-    confidence: Float[Array, "n w"], masked: Bool[Array, "n w"], top_k: int
-) -> Bool[Array, "n w"]:
-    """The positions the order may choose: the `top_k` most confident masked ones (0: all)."""
-    if not top_k:
-        return masked
-    return select_top(confidence, masked, jnp.full(masked.shape[:1], top_k))
-
-
-def log_law(score: Float[Array, "n w"], allowed: Bool[Array, "n w"]) -> Float[Array, "n w"]:
-    """log softmax of the scores over `allowed`, -inf elsewhere; a row may have none."""
-    some = jnp.any(allowed, axis=-1, keepdims=True)
-    score = jnp.where(allowed | ~some, score, -jnp.inf)  # no row of -inf alone: NaN
-    return jnp.where(allowed, jax.nn.log_softmax(score, axis=-1), -jnp.inf)
+from dmrl.diffusion.order import features, log_law, most_confident, top_probabilities
+from dmrl.types import Denoiser, Rollout
 
 
 class Trace(NamedTuple):
@@ -106,15 +79,14 @@ def visit(
             return jax.lax.dynamic_slice_in_dim(x, start, block_length, axis=1)
 
         def top(_: jax.Array, chunk: jax.Array) -> jax.Array:
-            log_p = jax.nn.log_softmax(denoiser.logits(chunk))
-            return jnp.moveaxis(top_probabilities(log_p), -1, 1)
+            return top_probabilities(jax.nn.log_softmax(denoiser.logits(chunk)))
 
-        highest = jnp.moveaxis(over_positions(top, jax.lax.stop_gradient(hidden)), 1, -1)
+        highest = over_positions(top, jax.lax.stop_gradient(hidden), axis=1)
         highest = checkpoint_name(highest, "order_input")
-        masked, confidence = block(state) == denoiser.mask_id, highest[..., 0]
-        chosen = block(trace.reveal_step) == number
+        masked, chosen = block(state) == denoiser.mask_id, block(trace.reveal_step) == number
+        confidence = highest[..., 0]
         # Another program rounds otherwise: what was chosen was among the K.
-        allowed = candidates(jnp.where(chosen, jnp.inf, confidence), masked, top_k)
+        allowed = most_confident(jnp.where(chosen, jnp.inf, confidence), masked, top_k)
         law = log_law(score(features(highest, masked)), allowed)
         return read(Decision(law, confidence, allowed, chosen))
 

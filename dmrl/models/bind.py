@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dmrl.models import heads, llada, logprob, unmasking
-from dmrl.types import Denoiser
+from dmrl.types import Cached, Denoiser
 
 
 def bind(cfg: llada.Config, variables: Mapping[str, Any], keep_mask: bool = False) -> Denoiser:
@@ -29,7 +29,22 @@ def bind(cfg: llada.Config, variables: Mapping[str, Any], keep_mask: bool = Fals
     def window(
         tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], start: Int[Array, ""], width: int
     ) -> Float[Array, "b w d"]:
-        return jnp.asarray(module.apply(network, tokens, valid, (start, width)))
+        return jnp.asarray(module.apply(network, tokens, valid, (start, width), method="window"))
+
+    def prefill(
+        tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], start: Int[Array, ""], width: int
+    ) -> Any:
+        return module.apply(network, tokens, valid, (start, width), method="prefill")
+
+    def extend(
+        tokens: Int[Array, "b s"],
+        valid: Bool[Array, "b s"],
+        store: Any,
+        start: Int[Array, ""] | int,
+        width: int,
+    ) -> Float[Array, "b w d"]:
+        window = (jnp.asarray(start, jnp.int32), width)
+        return jnp.asarray(module.apply(network, tokens, valid, store, window, method="extend"))
 
     def order(
         tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], start: Int[Array, ""], width: int
@@ -55,5 +70,13 @@ def bind(cfg: llada.Config, variables: Mapping[str, Any], keep_mask: bool = Fals
 
     ids = (cfg.mask_token_id, cfg.eos_token_id)
     learned = order if "order" in variables else None
-    denoiser = Denoiser(encode, logits, log_prob, *ids, window=window, order=learned)
+    denoiser = Denoiser(
+        encode,
+        logits,
+        log_prob,
+        *ids,
+        window=window,
+        order=learned,
+        cached=Cached(prefill, extend),
+    )
     return denoiser._replace(heads=heads.bind(variables.get("heads", {}), denoiser))

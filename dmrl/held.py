@@ -12,9 +12,6 @@ from dmrl.programs import Programs
 from dmrl.recipe import Recipe
 
 
-HEURISTIC = "low_confidence"
-
-
 class Evaluated(NamedTuple):
     """Measurements of one moment, example trajectories, and whether the stage is finished."""
 
@@ -42,7 +39,7 @@ class Held:
         self.unlearned = own.greedy
         """By a heuristic where `own` is learned: before there is an order, and to learn from."""
         if own.learned:
-            self.unlearned = dataclasses.replace(own.greedy, order=HEURISTIC)
+            self.unlearned = dataclasses.replace(own.greedy, order="low_confidence")
         more = [
             dataclasses.replace(self.greedy, steps=n, order=order)
             for order in (self.greedy.order, *recipe.evaluation.orders)

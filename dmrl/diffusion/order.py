@@ -190,7 +190,9 @@ class Learned(LowConfidence):
         masked: Bool[Array, "b l"],
     ) -> Score:
         """log g of every candidate at temperature 1, -inf elsewhere."""
-        return log_law(policy(features(top, masked)), most_confident(top[..., 0], masked, self.top_k))
+        return log_law(
+            policy(features(top, masked)), most_confident(top[..., 0], masked, self.top_k)
+        )
 
     def score(self, look: Look) -> Score:
         """The law with Gumbel noise; far below, a probability where the law has none."""

@@ -390,7 +390,7 @@ class _Walk:
         )
         confidence = self.put(state.confidence, confidence, step.start)
         clock, laws = state.clock + (step.reveals > 0), state.order_log_prob
-        if laws is not None:
+        if laws is not None and look.law is not None:
             laws = self.put(laws, jnp.where(chosen, look.law, open_(laws, step.start)), step.start)
         return _State(tokens, reveal_step, log_prob, entropy, confidence, clock, laws), draft
 

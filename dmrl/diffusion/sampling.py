@@ -95,7 +95,7 @@ class Sampling:
             )
         if self.learned and self.cfg_scale:
             raise ValueError(
-                f"order={self.order!r} reads the model as it is: set cfg_scale={self.cfg_scale} to 0"
+                f"order={self.order!r} reads the model unguided: cfg_scale={self.cfg_scale} must be 0"
             )
         if self.adaptive and self.remasks:
             raise ValueError(
@@ -166,7 +166,9 @@ class Sampling:
     @property
     def greedy(self) -> "Sampling":
         """The same without noise on tokens, or on the positions that a policy chooses."""
-        order = f"learned:0,{self.order_rule.top_k}" if self.learned else self.order
+        order = self.order
+        if self.learned:
+            order = f"learned:0,{self.order_rule.top_k}" if self.order_rule.top_k else "learned"
         return dataclasses.replace(self, temperature=0.0, order=order)
 
     @property

@@ -344,9 +344,7 @@ class LLaDA(nn.Module):
         x, _ = self._layer(keep=False)(x, last, valid, turns(self.cfg, valid), window)
         return self._normed(x, valid.shape[0])
 
-    def _to_last(
-        self, tokens: jax.Array, valid: jax.Array, keep: bool
-    ) -> tuple[jax.Array, Any]:
+    def _to_last(self, tokens: jax.Array, valid: jax.Array, keep: bool) -> tuple[jax.Array, Any]:
         rotated, apply = turns(self.cfg, valid), self._layer(keep)
         return jax.lax.scan(
             lambda x, number: apply(x, number, valid, rotated),

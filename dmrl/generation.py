@@ -1,16 +1,17 @@
 """Completions of free prompts, without a task."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from dmrl import data, optim, parallel, tokenizer
+from dmrl import data, evaluate, optim, parallel, tokenizer, trace
 from dmrl.diffusion.sampler import Sampling
 from dmrl.policy import Policy
 from dmrl.programs import Programs
+from dmrl.types import Rollout
 
 
 def sampling(
@@ -46,8 +47,10 @@ def complete(
     samples: int,
     batch: int,
     seed: int,
-) -> list[dict[str, Any]]:
+) -> Iterator[tuple[list[dict[str, Any]], Rollout]]:
     """Each row with `completion`, its `tokens` and its `sample` number, `samples` times.
+
+    Comes in batches, each with its rollout in numpy arrays.
 
     Args:
       rows: `prompt`, a text, the user's turn; perhaps `template`, as a task gives it.
@@ -74,21 +77,50 @@ def complete(
     unused = optim.make(optim.Optimizer(), 1)
     programs = Programs(model, (), decoder, unused, mesh, group_size=samples)
     shards = parallel.batch_shards(mesh)
-    found: list[dict[str, Any]] = []
     for index, real in data.in_order(len(rows), -(-min(batch, len(rows)) // shards) * shards):
         inputs = (prompt[index], valid[index], template[index])
         rollout, _ = programs.rollout(
             policy.trainable, policy.frozen, inputs, int(index[0]) * samples, jax.random.key(seed)
         )
-        host: Any = parallel.gather(rollout)
+        whole = parallel.gather(rollout)
+        host: Any = jax.tree.map(lambda x, n=real * samples: x[:n], whole)
         texts = tokenizer.decode(tok, host.tokens, model.mask_token_id, model.eos_token_id)
-        found += [
+        lines = [
             {
                 **rows[index[i // samples]],
                 "sample": i % samples,
-                "completion": texts[i],
+                "completion": text,
                 "tokens": int(host.length[i]),
             }
-            for i in range(real * samples)
+            for i, text in enumerate(texts)
         ]
+        yield lines, host
+
+
+def traces(
+    batches: Iterable[tuple[Sequence[Mapping[str, Any]], Rollout]],
+    read: trace.Reader,
+    decoder: Sampling,
+    samples: int,
+    name: str,
+) -> list[dict[str, Any]]:
+    """What the viewer shows of completions in their order: prompts are numbered from 1.
+
+    Args:
+      name: whose completions they are.
+    """
+    shown = trace.Layout(list(range(decoder.length)))
+    found: list[dict[str, Any]] = []
+    for lines, rollout in batches:
+        for i, line in enumerate(lines):
+            number = str(len(found) // samples + 1)
+            found.append(
+                {
+                    "when": name,
+                    "setting": evaluate.setting_name(decoder),
+                    "id": f"{number} sample {line['sample'] + 1}" if samples > 1 else number,
+                    "prompt": line["prompt"],
+                    **trace.make(rollout, i, decoder.steps, read, shown),
+                }
+            )
     return found

@@ -91,7 +91,8 @@ class Loop:
     checkpoint_every: int = 50
     checkpoints_kept: int = 2
     completions_every: int = 50
-    """Outer steps between samples of completions written to completions.jsonl."""
+    """Outer steps between samples of completions written to completions.jsonl, and those of one
+    prompt, with what they were branched into, to trajectories.jsonl."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -32,7 +32,7 @@ def stored(workdir, config, adapter=False):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, quick_compile):
+def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     made, _ = stored(workdir, config(**HELD))
     return workdir, made

@@ -86,7 +86,7 @@ class WarmStart:
             optim.make(recipe.warm_optimizer, self.steps),
             mesh,
         )
-        _check_shared("warm_start.batch", recipe.warm_start.batch, mesh)
+        check_shared("warm_start.batch", recipe.warm_start.batch, mesh)
 
     def init(self, trainable: Any) -> TrainState:
         """From the fresh weights."""
@@ -111,7 +111,7 @@ class WarmStart:
         if not number or (number % settings.evaluate_every and number < self.steps):
             return None
         size = self.recipe.evaluation.size
-        greedy = self.held.greedy
+        greedy = self.held.unlearned
         found = self.held.measure(state.trainable, "validation", [greedy], size)
         rate = found.values[f"eval/validation/{evaluate.setting_name(greedy)}/solved"]
         return found._replace(done=rate >= settings.target)
@@ -137,7 +137,7 @@ def reinforcement(recipe: Recipe, mesh: Any) -> Programs:
 def check_rows(loop: Loop, mesh: Any) -> None:
     """Raises ValueError where the rows of a rollout chunk do not divide among the devices."""
     rows = loop.prompts_per_step * loop.num_generations // loop.rollout_chunks
-    _check_shared("completions of a chunk", rows, mesh)
+    check_shared("completions of a chunk", rows, mesh)
 
 
 def _updates(loop: Loop) -> int:
@@ -312,7 +312,8 @@ class Reinforce:
         ]
 
 
-def _check_shared(what: str, count: int, mesh: Any) -> None:
+def check_shared(what: str, count: int, mesh: Any) -> None:
+    """Raises ValueError where `count` rows do not divide among the devices."""
     shards = parallel.batch_shards(mesh)
     if count % shards:
         raise ValueError(

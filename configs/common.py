@@ -44,6 +44,7 @@ def base(
     tokenizer: str,
     model: ConfigDict,
     max_prompt_length: int,
+    prompt_buckets: tuple[int, ...] = (),
     sampling: ConfigDict,
     terms: dict[str, ConfigDict],
     optimizer: ConfigDict,
@@ -61,6 +62,8 @@ def base(
             "tokenizer": tokenizer,
             "model": model,
             "max_prompt_length": max_prompt_length,
+            "prompt_buckets": prompt_buckets,
+            "long_prompts": "refuse",
             "sampling": sampling,
             "terms": ConfigDict(terms, sort_keys=False),
             "optimizer": optimizer,
@@ -179,9 +182,9 @@ def tiny_countdown(terms: dict[str, ConfigDict]) -> ConfigDict:
 
 
 def tiny_gsm8k(terms: dict[str, ConfigDict]) -> ConfigDict:
-    """One or two operations in words, GSM8K's form and reader, no problem of its own."""
+    """One operation in words, GSM8K's form and reader, no problem of its own."""
     task = make_task("gsm8k", style="compact", source="easy", equality="string", held_out_size=256)
-    return tiny_text(task, terms, prompt_length=52, length=28, steps=100)
+    return tiny_text(task, terms, prompt_length=31, length=17, steps=100)
 
 
 def tiny_math(terms: dict[str, ConfigDict]) -> ConfigDict:
@@ -189,7 +192,7 @@ def tiny_math(terms: dict[str, ConfigDict]) -> ConfigDict:
     task = make_task(
         "math500", style="compact", source="easy", equality="string", held_out_size=256
     )
-    return tiny_text(task, terms, prompt_length=26, length=34, steps=100)
+    return tiny_text(task, terms, prompt_length=24, length=21, steps=100)
 
 
 def tiny_texts(
@@ -199,8 +202,8 @@ def tiny_texts(
     completions are one block; `terms` gives the objective for blocks of that length."""
     return {
         "tiny_countdown": lambda: tiny_countdown(terms(12)),
-        "tiny_gsm8k": lambda: tiny_gsm8k(terms(28)),
-        "tiny_math": lambda: tiny_math(terms(34)),
+        "tiny_gsm8k": lambda: tiny_gsm8k(terms(17)),
+        "tiny_math": lambda: tiny_math(terms(21)),
     }
 
 
@@ -216,7 +219,8 @@ def llada_8b(
     LoRA of rank 128, 256 tokens in 128 steps and blocks of 32, 16 prompts of 6 completions,
     AdamW 3e-6 (the dataclass's defaults). `optimizer`, `sampling` and `loop` override values.
     Up to 256 tokens of a prompt, of mathematics 1,024: some problems come with drawings in code,
-    which d1 cuts to their last 200 tokens. With worked examples up to SPG's 1,500.
+    while most batches fit the buckets of 256 and 512; d1 cuts prompts to their last 200 tokens
+    (max_prompt_length=200, long_prompts=cut). With worked examples up to SPG's 1,500.
     """
     longest = 1024 if task.name == "math500" else 256
     decoding = {"length": 256, "steps": 128, "block_length": 32, "temperature": 0.9}
@@ -227,6 +231,7 @@ def llada_8b(
         tokenizer="",  # the folder of model.init_from, unless named
         model=make_model(lora_rank=128, lora_alpha=64.0),
         max_prompt_length=1500 if task.get("shots") else longest,
+        prompt_buckets=(256, 512) if task.name == "math500" else (),
         sampling=section(Sampling, **(decoding | (sampling or {}))),
         terms=terms,
         optimizer=section(optim.Optimizer, **(optimizer or {})),

@@ -5,8 +5,8 @@
         --config.model.init_from=CKPT_DIR --config.tokenizer=HF_DIR
 
 tiny: the drawn 4x4 Sudoku of configs/common.py, our own setting; measured in docs/methods.md.
-tiny_countdown, tiny_gsm8k, tiny_math: three numbers up to 20, and generated problems of one or two
-operations in the form of GSM8K and of MATH (dmrl/tasks/problems.py), by a model from scratch: our
+tiny_countdown, tiny_gsm8k, tiny_math: three numbers up to 20, and generated problems of one
+operation in the form of GSM8K and of MATH (dmrl/tasks/problems.py), by a model from scratch: our
 own, without a download; they say nothing about the published benchmarks.
 
 sudoku, countdown, gsm8k, math: LLaDA-8B-Instruct as d1 trains it, 256 tokens, 8 A100-80G.

@@ -6,8 +6,8 @@
 
 tiny: the drawn 4x4 Sudoku of configs/common.py, our own setting; measured in docs/methods.md.
 
-tiny_countdown, tiny_gsm8k, tiny_math: three numbers up to 20, and generated problems of one or two
-operations in the form of GSM8K and of MATH (dmrl/tasks/problems.py), by a model from scratch: our
+tiny_countdown, tiny_gsm8k, tiny_math: three numbers up to 20, and generated problems of one
+operation in the form of GSM8K and of MATH (dmrl/tasks/problems.py), by a model from scratch: our
 own, without a download; they say nothing about the published benchmarks.
 
 sudoku, countdown, gsm8k, math: LLaDA-8B-Instruct, zero-shot, 4 H100-94G. Published (Table 1,

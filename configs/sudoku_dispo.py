@@ -23,8 +23,8 @@ countdown, gsm8k, math: the same, in the paper 49.6 / 49.6 / 62.5 %, 74.8 / 81.9
 none of them: 0.5 of the swept 0.1, 0.5 and 0.9; for math 0.1, whose row equals that of the paper's
 first version, which used 0.1.
 
-tiny_countdown, tiny_gsm8k, tiny_math: three numbers up to 20, and generated problems of one or two
-operations in the form of GSM8K and of MATH (dmrl/tasks/problems.py), by a model from scratch: our
+tiny_countdown, tiny_gsm8k, tiny_math: three numbers up to 20, and generated problems of one
+operation in the form of GSM8K and of MATH (dmrl/tasks/problems.py), by a model from scratch: our
 own, without a download; they say nothing about the published benchmarks.
 """
 

@@ -1,7 +1,7 @@
 r"""Easy problems in the form of GSM8K's and MATH's rows, for models too small for the real ones.
 
-One or two operations on numbers of one or two digits. They go through the same prompts, readers
-and rewards as the published rows, and say nothing about accuracies on these. Our own.
+One operation on numbers of one or two digits. They go through the same prompts, readers and
+rewards as the published rows, and say nothing about accuracies on these. Our own.
 """
 
 import math
@@ -10,53 +10,38 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
-_NAMES = ("Ann", "Ben", "Eve", "Leo", "Tom")
 _THINGS = ("cups", "eggs", "nuts", "pens")
 
 
 def gsm8k() -> Iterator[dict[str, Any]]:
     """Rows `question` and `answer` (worked, its number behind `####`), the same on every call.
 
-    Sums, differences, products and products less a number, each choice of numbers once, so that
-    no two questions differ in names alone: 2,887 of at most 51 characters, answers of at most 27.
+    Sums, differences and products, each pair of numbers once, so that no two questions differ in
+    a word alone: 4,235 of at most 30 characters, answers of at most 16.
     """
     rng = random.Random(0)
-    steps = [[f"{a}+{b}"] for a in range(1, 31) for b in range(1, 31)]
-    steps += [[f"{a}-{b}"] for a in range(2, 41) for b in range(1, a)]
-    products = [(a, b) for a in range(2, 11) for b in range(2, 11)]
-    steps += [[f"{a}*{b}"] for a, b in products]
-    steps += [[f"{a}*{b}", f"{a * b}-{c}"] for a, b in products for c in range(1, min(a * b, 16))]
-    for chosen in rng.sample(steps, len(steps)):
-        who, what = rng.choice(_NAMES), rng.choice(_THINGS)
-        yield {"question": f"{who} {_told(chosen, what)}. How many?", "answer": _worked(chosen)}
-
-
-def _told(steps: list[str], things: str) -> str:
-    first, more = steps[0], steps[1:]
-    if "*" in first:
-        boxes, each = first.split("*")
-        told = f"has {boxes} boxes of {each} {things}"
-        return told + (f" and loses {more[0].partition('-')[2]}" if more else "")
-    verb = "buys" if "+" in first else "loses"
-    has, other = first.replace("+", "-").split("-")
-    return f"has {has} {things} and {verb} {other}"
-
-
-def _worked(steps: list[str]) -> str:
-    lines, value = [], 0
-    for step in steps:
-        sign = next(c for c in step if not c.isdigit())
-        a, b = map(int, step.split(sign))
+    pairs = [(a, "+", b) for a in range(1, 50) for b in range(1, 50)]
+    pairs += [(a, "-", b) for a in range(2, 61) for b in range(1, a)]
+    pairs += [(a, "*", b) for a in range(2, 10) for b in range(2, 10)]
+    for a, sign, b in rng.sample(pairs, len(pairs)):
+        what = rng.choice(_THINGS)
+        told = {
+            "+": f"{a} {what} and {b} more",
+            "-": f"{a} {what} without {b}",
+            "*": f"{a} boxes of {b} {what}",
+        }[sign]
         value = {"+": a + b, "-": a - b, "*": a * b}[sign]
-        lines.append(f"{step}={value}")
-    return "\n".join([*lines, f"#### {value}"])
+        yield {
+            "question": f"{told}. How many?",
+            "answer": f"{a}{sign}{b}={value}\n#### {value}",
+        }
 
 
 def math500() -> Iterator[dict[str, Any]]:
     r"""Rows `problem`, `solution` (with its `\boxed` answer) and `answer`, the same on every call.
 
-    Fractions to reduce, linear equations and products of binomials: 1,611 of at most 25
-    characters, solutions of at most 33.
+    Fractions to reduce, linear equations and products of binomials: 1,611 of at most 23
+    characters, solutions of at most 20.
     """
     rows = [*_fractions(), *_equations(), *_binomials()]
     for problem, before, answer in random.Random(0).sample(rows, len(rows)):
@@ -76,8 +61,7 @@ def _fractions() -> Iterator[_Worked]:
             for factor in range(2, 11):
                 value = Fraction(a, b)
                 answer = rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
-                given = rf"\frac{{{factor * a}}}{{{factor * b}}}"
-                yield f"Simplify ${given}$.", f"divide by {factor}: ", answer
+                yield rf"Reduce $\frac{{{factor * a}}}{{{factor * b}}}$.", "", answer
 
 
 def _equations() -> Iterator[_Worked]:

@@ -38,6 +38,8 @@ RULES = {
     "dmrl.policy": Doors({"jax"}, {"dmrl.models", "dmrl.parallel"}),
     "dmrl.accuracy": Doors(NUMERIC, ANY),
     "dmrl.generation": Doors(NUMERIC, ANY),
+    "dmrl.loglikelihood": Doors(NUMERIC, ANY),
+    "dmrl.harness": Doors({"lm_eval"}, ANY),
     "dmrl.report": Doors({"numpy"}, set()),
     "dmrl.cost": Doors({"numpy"}, set()),
     "dmrl.parallel": Doors(NUMERIC, set()),

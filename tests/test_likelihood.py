@@ -81,3 +81,38 @@ def test_the_best_omega_minimises_the_summed_variance():
     best = float(likelihood.optimal_omega(lower, upper, p))
     grid = np.linspace(-1, 2, 301)
     assert best == pytest.approx(grid[np.argmin([variance(w) for w in grid])], abs=0.01)
+
+
+def subsets(length):
+    """Every non-empty set of positions with its probability under a uniform count, then subset."""
+    for count in range(1, length + 1):
+        chosen = list(itertools.combinations(range(length), count))
+        yield from ((c, 1 / (length * len(chosen))) for c in chosen)
+
+
+def test_llada_s_estimate_is_unbiased_for_the_scored_tokens_given_the_others():
+    """Against every masking of them by hand; a position before them is seen and never scored."""
+    params, prompt, bind = tiny.perceptron(4)
+    denoiser = bind(params)
+    labels = jnp.array([1, 0, 2, 1])
+    tokens = jnp.concatenate([prompt, labels])
+    valid = jnp.ones((1, 6), bool)
+    want = 0.0
+    for hidden, probability in subsets(3):
+        places = np.array(hidden) + 3
+        state = tokens.at[places].set(tiny.MASK)
+        log_p = denoiser.log_prob(denoiser.encode(state[None], valid), tokens[None, :, None])
+        want += probability * 3 / len(hidden) * float(jnp.sum(log_p[0, places, 0]))
+    rows = 2000
+    scored = jnp.broadcast_to(jnp.array([False, True, True, True]), (rows, 4))
+    copies = jnp.broadcast_to(tokens, (rows, 6)), jnp.broadcast_to(valid, (rows, 6))
+    keys = row_keys(jax.random.key(4), jnp.arange(rows))
+    for samples in (1, 3):
+        found = likelihood.stratified_elbo(denoiser, *copies, scored, keys, samples)
+        error = float(jnp.std(found)) / np.sqrt(rows)
+        assert abs(float(jnp.mean(found)) - want) < 4 * error
+    one = jnp.broadcast_to(jnp.array([False, False, False, True]), (2, 4))
+    found = likelihood.stratified_elbo(denoiser, *(x[:2] for x in copies), one, keys[:2], 5)
+    state = tokens.at[5].set(tiny.MASK)
+    log_p = denoiser.log_prob(denoiser.encode(state[None], valid), tokens[None, :, None])
+    np.testing.assert_allclose(found, log_p[0, 5, 0], rtol=1e-5)

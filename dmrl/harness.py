@@ -12,7 +12,7 @@ from typing import Any
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from dmrl import generation, loglikelihood, tokenizer
+from dmrl import decoding, loglikelihood, tokenizer
 from dmrl.diffusion.sampler import Sampling
 from dmrl.loglikelihood import Pair
 
@@ -72,10 +72,14 @@ class Checkpoint(LM):
         self.length, self.steps, self.block, self.seed = length, steps, block, seed
         self.mc_num, self.check_greedy, self.cuts = mc_num, check_greedy, long_prompts == "cut"
         self.batch = int(batch_size or 16)
-        self.policy, self.mesh, self.tok, _ = generation.opened(checkpoint, tokenizer, base)
+        self.ready = decoding.opened(checkpoint, tokenizer, base)
+        self.tok = self.ready.tokenizer
         self.name = tokenizer or checkpoint
         known = self.tok.get_vocab()
-        self.ends = [self.policy.model.eos_token_id, *(known[t] for t in TURN_ENDS if t in known)]
+        self.ends = [
+            self.ready.policy.model.eos_token_id,
+            *(known[t] for t in TURN_ENDS if t in known),
+        ]
 
     @property
     def tokenizer_name(self) -> str:
@@ -122,7 +126,7 @@ class Checkpoint(LM):
         contexts = [tokenizer.encode(self.tok, request.args[0]) for request in requests]
         texts = [""] * len(requests)
         for sampling, members in groups.items():
-            room = self.policy.model.max_sequence_length - sampling.length
+            room = self.ready.policy.model.max_sequence_length - sampling.length
             members.sort(key=lambda i: len(contexts[i]))
             done = self._decoded([self._fitted(contexts[i], room) for i in members], sampling)
             for i, tokens in zip(members, done, strict=True):
@@ -149,7 +153,7 @@ class Checkpoint(LM):
         """Estimates of log p(text) in nats. A text longer than the model can see is scored in
         pieces of half of that, each given as much before it as fits."""
         del disable_tqdm
-        most = self.policy.model.max_sequence_length
+        most = self.ready.policy.model.max_sequence_length
         pairs: list[Pair] = []
         owner: list[int] = []
         for i, request in enumerate(requests):
@@ -167,9 +171,7 @@ class Checkpoint(LM):
         return totals
 
     def _estimates(self, pairs: Sequence[Pair]) -> Any:
-        pad = self.tok.pad_token_id
-        options = (self.mc_num, self.batch, self.seed)
-        return loglikelihood.estimate(self.policy, self.mesh, pairs, pad, *options)
+        return loglikelihood.estimate(self.ready, pairs, self.mc_num, self.batch, self.seed)
 
     def _sampling(self, options: Mapping[str, Any]) -> Sampling:
         wanted = self.length or int(options.get("max_gen_toks") or LENGTH)
@@ -181,11 +183,7 @@ class Checkpoint(LM):
 
     def _decoded(self, contexts: list[list[int]], sampling: Sampling) -> Any:
         """Tokens [N, length] of the completions."""
-        blank = [[self.policy.model.mask_token_id] * sampling.length] * len(contexts)
-        pad, batch = self.tok.pad_token_id, self.batch
-        return generation.decode(
-            self.policy, self.mesh, contexts, blank, sampling, pad, 1, batch, self.seed, BUCKETS
-        ).tokens
+        return decoding.decode(self.ready, contexts, sampling, self.batch, self.seed, BUCKETS)
 
     def _text(self, tokens: Any, until: Sequence[str]) -> str:
         ids = tokens.tolist()
@@ -212,7 +210,9 @@ class Checkpoint(LM):
         if not scored:
             raise ValueError(f"continuation {continuation!r} has no token to score")
         return Pair(
-            self._fitted(whole[: len(given)], self.policy.model.max_sequence_length - len(scored)),
+            self._fitted(
+                whole[: len(given)], self.ready.policy.model.max_sequence_length - len(scored)
+            ),
             scored,
         )
 

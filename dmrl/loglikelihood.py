@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmrl import data, models, parallel, tokenizer
+from dmrl.decoding import Ready
 from dmrl.diffusion import likelihood
 from dmrl.diffusion.noise import row_keys
-from dmrl.policy import Policy
 
 
 class Pair(NamedTuple):
@@ -27,10 +27,8 @@ class Pair(NamedTuple):
 
 
 def estimate(
-    policy: Policy,
-    mesh: Any,
+    ready: Ready,
     pairs: Sequence[Pair],
-    pad_id: int,
     samples: int = 128,
     batch: int = 16,
     seed: int = 0,
@@ -47,6 +45,7 @@ def estimate(
     """
     if not pairs:
         return np.zeros(0)
+    policy, mesh, tok = ready
     most = policy.model.max_sequence_length
     if not all(pair.continuation and pair.length <= most for pair in pairs):
         raise ValueError(f"a text is empty, or with its context longer than the model's {most}")
@@ -57,7 +56,7 @@ def estimate(
     found = np.zeros(len(pairs))
     for index, real in data.in_order(len(pairs), batch):
         places = [order[i] for i in index]
-        arrays = _arrays([pairs[i] for i in places], most, pad_id)
+        arrays = _arrays([pairs[i] for i in places], most, tok.pad_token_id)
         rows = (*arrays, np.array(places, np.int32))
         inputs = parallel.put(rows, parallel.batch_sharding(mesh))
         with jax.set_mesh(mesh):

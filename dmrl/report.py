@@ -65,39 +65,21 @@ def write(workdir: Path) -> Path:
     return target
 
 
-def trace(name: str, rows: Iterable[dict[str, Any]]) -> str:
-    """The page of completions alone, given as rows of a trajectories.jsonl."""
-    return _render(_page(name, {}, [], rows, {}))
-
-
 def _collect(workdir: Path) -> dict[str, Any]:
-    """What the files of a run hold for the page."""
+    """Everything the page shows, ready for JSON: metrics at six digits, the config exactly."""
     meta, bad_config = _read_config(workdir / "config.json")
     logged, bad_lines = _read_lines(workdir / "metrics.jsonl")
     lines = [line for line in logged if isinstance(line.get("step"), int)]
     rows, bad_rows = _read_lines(workdir / "trajectories.jsonl")
+    stages = _stages(lines)
+    boards, boards_left_out, bad_boards = _boards(rows)
     skipped = {
         "config.json": bad_config,
         "metrics.jsonl": bad_lines + len(logged) - len(lines),
-        "trajectories.jsonl": bad_rows,
+        "trajectories.jsonl": bad_rows + bad_boards,
     }
-    return _page(workdir.resolve().name, meta, lines, rows, skipped)
-
-
-def _page(
-    name: str,
-    meta: dict[str, Any],
-    lines: Iterable[dict[str, Any]],
-    rows: Iterable[dict[str, Any]],
-    skipped: dict[str, int],
-) -> dict[str, Any]:
-    """Everything the page shows, ready for JSON: metrics at six digits, the config exactly."""
-    stages = _stages(lines)
-    boards, boards_left_out, bad_boards = _boards(rows)
-    bad_boards += skipped.get("trajectories.jsonl", 0)
-    skipped = {**skipped, "trajectories.jsonl": bad_boards}
     page = {
-        "name": name,
+        "name": workdir.resolve().name,
         "facts": _facts(meta, stages),
         "changes": _changes(stages),
         "stages": [_thin(stage) for stage in stages],

@@ -8,7 +8,6 @@
 Prompts come from --prompt, from a file, or from standard input: a line each, or JSON objects
 with a field `prompt` (a text with line breaks) and perhaps `template` (the completion with _
 where the model fills). Length, steps and blocks are those of the run, if it is one.
---trace=FILE.html also draws, step by step, when each token came and how sure the model was.
 """
 
 import json
@@ -37,7 +36,6 @@ SAMPLES = flags.DEFINE_integer("samples", 1, "Completions of each prompt", lower
 BATCH = flags.DEFINE_integer("batch", 16, "Prompts at a time; changes no result", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of sampled completions")
 OUT = flags.DEFINE_string("out", None, "JSONL file; default standard output")
-TRACE = flags.DEFINE_string("trace", None, "HTML page of how the completions were denoised")
 flags.mark_flag_as_required("checkpoint")
 
 
@@ -86,21 +84,24 @@ def prompts() -> list[dict[str, Any]]:
 
 def completed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with their completions."""
-    from dmrl import generation, report
+    from dmrl import generation, parallel, policy, recipe, tokenizer, trainer
 
     logging.getLogger("jax").setLevel(logging.WARNING)
-    loaded, mesh, tok, own = generation.opened(
-        CHECKPOINT.value, TOKENIZER.value or "", BASE.value or ""
-    )
+    config = policy.config(CHECKPOINT.value)
+    made = recipe.build(config) if config else None
+    mesh = parallel.make_mesh(**(made.mesh if made else {}))
+    base: Any = BASE.value or (made.init_from if made else "")
+    if made and made.model.lora_rank and not base:
+        base = trainer.initial_weights(made, mesh)[1]
+    loaded = policy.load(CHECKPOINT.value, base, mesh)
+    tok = tokenizer.load(TOKENIZER.value) if TOKENIZER.value else made and made.tokenizer
+    if tok is None:
+        raise ValueError("no tokenizer: give --tokenizer=DIR, a folder with tokenizer.json")
+    own = made.sampling if made else None
     decoder = generation.sampling(own, LENGTH.value, STEPS.value, BLOCK.value, TEMPERATURE.value)
-    done = generation.complete(
+    return generation.complete(
         loaded, mesh, tok, rows, decoder, SAMPLES.value, BATCH.value, SEED.value
     )
-    if TRACE.value:
-        path = Path(TRACE.value)
-        page = report.trace(path.stem, generation.trajectories(done, tok, decoder))
-        path.write_text(page, encoding="utf-8")
-    return done.rows
 
 
 if __name__ == "__main__":

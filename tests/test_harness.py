@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from running import ROOT
 
-from dmrl import generation, models, tokenizer
+from dmrl import decoding, generation, models, tokenizer
 from dmrl.models import weights
 
 if importlib.util.find_spec("lm_eval") is None:
@@ -69,13 +69,20 @@ def generated(model, until=(), **options):
     return model.generate_until([ask(prompt, wanted) for prompt in PROMPTS])
 
 
+def completed(ready, rows, decoder):
+    """What launch/generate.py would say."""
+    found = generation.complete(*ready, rows, decoder, 1, 6, 0)
+    return [row["completion"] for row in found]
+
+
 def test_texts_are_the_sampler_s_in_the_order_of_the_requests(folder):
     model = opened(folder, batch_size=2)
     texts = generated(model)
     decoder = generation.sampling(None, 8, None, None, 0.0)
     rows = [{"prompt": prompt} for prompt in PROMPTS]
-    done = generation.complete(*generation.opened(folder, folder)[:3], rows, decoder, 1, 6, 0)
-    assert texts == [row["completion"] for row in done.rows]
+    ready = decoding.opened(folder, folder)
+    for row, text in zip(rows, texts, strict=True):
+        assert completed(ready, [row], decoder) == [text]
     assert len(set(texts)) >= 4
     assert texts[0] == texts[4]
     assert generated(opened(folder, batch_size=5)) == texts
@@ -115,8 +122,8 @@ def test_one_token_s_likelihood_is_exact_whatever_surrounds_it(folder):
     model = opened(folder, mc_num=1, check_greedy=False, batch_size=3)
     pairs = [("abc", "d"), ("a", "b"), ("hgfedcba hgfedcba", "a"), ("ab ", "c")]
     found = model.loglikelihood([ask(*pair) for pair in pairs])
-    tok, cfg = model.tok, model.policy.model
-    denoiser = models.bind(cfg, model.policy.trainable)
+    tok, cfg = model.tok, model.ready.policy.model
+    denoiser = models.bind(cfg, model.ready.policy.trainable)
     for (context, letter), (value, greedy) in zip(pairs[:3], found[:3], strict=True):
         ids = [*tokenizer.encode(tok, context), cfg.mask_token_id]
         hidden = denoiser.encode(jnp.array([ids]), jnp.ones((1, len(ids)), bool))
@@ -149,7 +156,7 @@ def test_likelihoods_do_not_depend_on_the_batch_and_greedy_texts_are_known(folde
 def test_rolling_scores_every_token_once(folder, monkeypatch):
     model, seen = opened(folder), []
 
-    def estimate(policy, mesh, pairs, *rest):
+    def estimate(ready, pairs, *rest):
         seen.extend(pairs)
         return [-float(len(pair.continuation)) for pair in pairs]
 
@@ -198,6 +205,7 @@ metric_list: [{metric: acc}]
 """
 
 
+@pytest.mark.slow
 def test_the_harness_runs_a_local_task(folder, tmp_path):
     model = opened(folder)
     rows = [

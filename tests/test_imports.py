@@ -38,6 +38,7 @@ RULES = {
     "dmrl.policy": Doors({"jax"}, {"dmrl.models", "dmrl.parallel"}),
     "dmrl.accuracy": Doors(NUMERIC, ANY),
     "dmrl.generation": Doors(NUMERIC, ANY),
+    "dmrl.decoding": Doors(NUMERIC, ANY),
     "dmrl.loglikelihood": Doors(NUMERIC, ANY),
     "dmrl.harness": Doors({"lm_eval"}, ANY),
     "dmrl.report": Doors({"numpy"}, set()),

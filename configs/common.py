@@ -184,7 +184,7 @@ def tiny_countdown(terms: dict[str, ConfigDict]) -> ConfigDict:
 def tiny_gsm8k(terms: dict[str, ConfigDict]) -> ConfigDict:
     """One operation in words, GSM8K's form and reader, no problem of its own."""
     task = make_task("gsm8k", style="compact", source="easy", equality="string", held_out_size=256)
-    return tiny_text(task, terms, prompt_length=31, length=17, steps=100)
+    return tiny_text(task, terms, prompt_length=31, length=17, steps=100, target=0.1)
 
 
 def tiny_math(terms: dict[str, ConfigDict]) -> ConfigDict:
@@ -192,7 +192,7 @@ def tiny_math(terms: dict[str, ConfigDict]) -> ConfigDict:
     task = make_task(
         "math500", style="compact", source="easy", equality="string", held_out_size=256
     )
-    return tiny_text(task, terms, prompt_length=24, length=21, steps=100)
+    return tiny_text(task, terms, prompt_length=24, length=21, steps=100, target=0.1)
 
 
 def tiny_texts(

@@ -39,8 +39,12 @@ class Prompts(NamedTuple):
 
     def first(self, size: int) -> "Prompts":
         """The first `size` examples."""
-        arrays = (x[:size] for x in (self.prompt, self.prompt_valid, self.template))
-        return Prompts(self.examples[:size], *arrays, self.buckets, self.cut)
+        return self._replace(
+            examples=self.examples[:size],
+            prompt=self.prompt[:size],
+            prompt_valid=self.prompt_valid[:size],
+            template=self.template[:size],
+        )
 
 
 def bucketed(

@@ -1,6 +1,6 @@
 """A checkpoint ready to use, and completions of token ids by it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmrl import data, optim, parallel, policy, recipe, tokenizer, trainer
-from dmrl.diffusion.sampler import Sampling
+from dmrl.diffusion.sampling import Sampling
 from dmrl.programs import Programs
+from dmrl.types import Rollout
 
 
 class Ready(NamedTuple):
@@ -18,6 +19,8 @@ class Ready(NamedTuple):
     policy: policy.Policy
     mesh: Any
     tokenizer: Any
+    sampling: Sampling | None
+    """How its run decodes; None if it belongs to none."""
 
 
 def opened(checkpoint: str, folder: str = "", base: str = "") -> Ready:
@@ -40,19 +43,27 @@ def opened(checkpoint: str, folder: str = "", base: str = "") -> Ready:
     loaded = policy.load(checkpoint, below, mesh)
     tok = tokenizer.load(folder) if folder else made and made.tokenizer
     if tok is None:
-        raise ValueError("no tokenizer: name a folder with tokenizer.json")
-    return Ready(loaded, mesh, tok)
+        raise ValueError("no tokenizer: give --tokenizer=DIR, a folder with tokenizer.json")
+    return Ready(loaded, mesh, tok, made.sampling if made else None)
 
 
-def decode(
+def rollouts(
     ready: Ready,
     prompts: Sequence[Sequence[int]],
+    templates: Sequence[Sequence[int]] | None,
     sampling: Sampling,
+    samples: int,
     batch: int,
     seed: int,
     buckets: tuple[int, ...] = (),
-) -> NDArray[np.int32]:
-    """The completions [N, length] of N prompts, with `buckets` as of `dmrl.data.Prompts`.
+) -> Iterator[tuple[NDArray[np.int64], Rollout]]:
+    """(numbers of the prompts, their completions in numpy), `batch` prompts at a time.
+
+    Args:
+      templates: a completion with the mask where the model fills, for every prompt; None: the
+        model fills everything.
+      samples: completions of each prompt, one after the other.
+      buckets: as of `dmrl.data.Prompts`.
 
     Noise follows a prompt's place, so `batch` changes nothing.
 
@@ -68,13 +79,14 @@ def decode(
         )
     padded = tokenizer.pad_left(prompts, longest, ready.tokenizer.pad_token_id)
     blank = np.full((len(prompts), sampling.length), model.mask_token_id, np.int32)
-    given = data.Prompts(prompts, *padded, blank, buckets)
-    programs = Programs(model, (), sampling, optim.make(optim.Optimizer(), 1), ready.mesh)
+    template = blank if templates is None else np.array(templates, np.int32)
+    given = data.Prompts(prompts, *padded, template, buckets)
+    unused = optim.make(optim.Optimizer(), 1)
+    programs = Programs(model, (), sampling, unused, ready.mesh, group_size=samples)
     shards = parallel.batch_shards(ready.mesh)
-    done = []
     for index, real in data.in_order(len(prompts), -(-min(batch, len(prompts)) // shards) * shards):
         weights = (ready.policy.trainable, ready.policy.frozen)
-        first, key = int(index[0]), jax.random.key(seed)
+        first, key = int(index[0]) * samples, jax.random.key(seed)
         rollout, _ = programs.rollout(*weights, given.rows(index), first, key)
-        done.append(parallel.gather(rollout.tokens)[:real])
-    return np.concatenate(done)
+        whole: Any = parallel.gather(rollout)
+        yield index[:real], jax.tree.map(lambda x, n=real * samples: x[:n], whole)

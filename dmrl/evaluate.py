@@ -1,7 +1,7 @@
 """Decode a held-out split and score it: yields (name, value) for every setting."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -68,53 +68,3 @@ def metrics(decoded: Decoded) -> Iterator[tuple[str, float]]:
     for name, values in decoded.scores.items():
         yield name, float(np.mean(values))
     yield "mean_length", float(np.mean(np.asarray(decoded.rollout.length)))
-
-
-def trajectories(
-    decoded: Decoded,
-    prompts: data.Prompts,
-    task: Task,
-    tok: Any,
-    setting: Sampling,
-    split: str,
-    when: str,
-    count: int,
-) -> Iterator[Mapping[str, Any]]:
-    """The first `count` completions as the report shows them: one JSON-able row each.
-
-    A position is right if the completion is a solution, or if it agrees with the reference
-    answer; unknown (None) where a puzzle has several answers and none was found.
-    """
-    rollout, grid = decoded.rollout, task.grid
-    shown = [c for row in grid for c in row] if grid else list(range(rollout.tokens.shape[1]))
-    for i in range(min(count, len(decoded.texts))):
-        example = prompts.examples[i]
-        template, answer = task.template(example), task.answer(example)
-        tokens = [str(tok.decode([t], skip_special_tokens=True)) for t in rollout.tokens[i][shown]]
-        reveal = rollout.reveal_step[i][shown].tolist()
-        wanted: list[str | None] = [None] * len(shown)
-        scores = {name: float(values[i]) for name, values in decoded.scores.items()}
-        solved = scores.get("solved") == 1.0
-        if solved:
-            wanted = list(tokens)
-        elif template is not None and answer is not None and not split.endswith("_multi"):
-            wanted = [answer[c] for c in shown]
-        yield {
-            "when": when,
-            "setting": f"{split} {setting_name(setting)}",
-            "id": i,
-            "prompt": task.prompt(example),
-            "template": "".join(template[c] for c in shown) if template else "",
-            "tokens": tokens,
-            "reveal_step": reveal,
-            "log_prob": np.round(rollout.log_prob[i][shown], 4).tolist(),
-            "entropy": np.round(rollout.entropy[i][shown], 4).tolist(),
-            "steps": setting.steps,
-            "reward": scores["reward"],
-            "metrics": scores,
-            "correct": [
-                None if step < 0 or want is None else token == want
-                for step, token, want in zip(reveal, tokens, wanted, strict=True)
-            ],
-            "grid": [len(grid), len(grid[0])] if grid else None,
-        }

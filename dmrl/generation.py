@@ -1,16 +1,15 @@
 """Completions of free prompts, without a task."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from dmrl import data, optim, parallel, tokenizer
-from dmrl.diffusion.sampler import Sampling
-from dmrl.policy import Policy
-from dmrl.programs import Programs
+from dmrl import decoding, evaluate, tokenizer, trace
+from dmrl.decoding import Ready
+from dmrl.diffusion.sampling import Sampling
+from dmrl.types import Rollout
 
 
 def sampling(
@@ -38,16 +37,16 @@ def sampling(
 
 
 def complete(
-    policy: Policy,
-    mesh: Any,
-    tok: Any,
+    ready: Ready,
     rows: Sequence[Mapping[str, Any]],
     decoder: Sampling,
     samples: int,
     batch: int,
     seed: int,
-) -> list[dict[str, Any]]:
+) -> Iterator[tuple[list[dict[str, Any]], Rollout]]:
     """Each row with `completion`, its `tokens` and its `sample` number, `samples` times.
+
+    Comes in batches, each with its rollout in numpy arrays.
 
     Args:
       rows: `prompt`, a text, the user's turn; perhaps `template`, as a task gives it.
@@ -55,40 +54,52 @@ def complete(
     Raises:
       ValueError: a template of another length, or more tokens than the model can see.
     """
-    model = policy.model
-    encoded = [tokenizer.encode_prompt(tok, row["prompt"]) for row in rows]
-    longest = max(map(len, encoded))
-    if longest + decoder.length > model.max_sequence_length:
-        raise ValueError(
-            f"a prompt of {longest} tokens and a completion of {decoder.length} are more than the "
-            f"model's {model.max_sequence_length}"
-        )
-    prompt, valid = tokenizer.pad_left(encoded, longest, tok.pad_token_id)
-    template = np.array(
-        [
-            tokenizer.encode_template(tok, r.get("template"), decoder.length, model.mask_token_id)
-            for r in rows
-        ],
-        np.int32,
-    )
-    unused = optim.make(optim.Optimizer(), 1)
-    programs = Programs(model, (), decoder, unused, mesh, group_size=samples)
-    shards = parallel.batch_shards(mesh)
-    found: list[dict[str, Any]] = []
-    for index, real in data.in_order(len(rows), -(-min(batch, len(rows)) // shards) * shards):
-        inputs = (prompt[index], valid[index], template[index])
-        rollout, _ = programs.rollout(
-            policy.trainable, policy.frozen, inputs, int(index[0]) * samples, jax.random.key(seed)
-        )
-        host: Any = parallel.gather(rollout)
-        texts = tokenizer.decode(tok, host.tokens, model.mask_token_id, model.eos_token_id)
-        found += [
+    model, tok = ready.policy.model, ready.tokenizer
+    prompts = [tokenizer.encode_prompt(tok, row["prompt"]) for row in rows]
+    templates = [
+        tokenizer.encode_template(tok, r.get("template"), decoder.length, model.mask_token_id)
+        for r in rows
+    ]
+    batches = decoding.rollouts(ready, prompts, templates, decoder, samples, batch, seed)
+    for index, host in batches:
+        tokens = np.asarray(host.tokens)
+        texts = tokenizer.decode(tok, tokens, model.mask_token_id, model.eos_token_id)
+        lines = [
             {
                 **rows[index[i // samples]],
                 "sample": i % samples,
-                "completion": texts[i],
+                "completion": text,
                 "tokens": int(host.length[i]),
             }
-            for i in range(real * samples)
+            for i, text in enumerate(texts)
         ]
+        yield lines, host
+
+
+def traces(
+    batches: Iterable[tuple[Sequence[Mapping[str, Any]], Rollout]],
+    read: trace.Reader,
+    decoder: Sampling,
+    samples: int,
+    name: str,
+) -> list[dict[str, Any]]:
+    """What the viewer shows of completions in their order: prompts are numbered from 1.
+
+    Args:
+      name: whose completions they are.
+    """
+    shown = trace.Layout(list(range(decoder.length)))
+    found: list[dict[str, Any]] = []
+    for lines, rollout in batches:
+        for i, line in enumerate(lines):
+            number = str(len(found) // samples + 1)
+            found.append(
+                {
+                    "when": name,
+                    "setting": evaluate.setting_name(decoder),
+                    "id": f"{number} sample {line['sample'] + 1}" if samples > 1 else number,
+                    "prompt": line["prompt"],
+                    **trace.make(rollout, i, decoder.steps, read, shown),
+                }
+            )
     return found

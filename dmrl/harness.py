@@ -6,14 +6,15 @@ bounds in expectation, so perplexities and choices compare among diffusion model
 """
 
 import collections
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from dmrl import decoding, loglikelihood, tokenizer
-from dmrl.diffusion.sampler import Sampling
+from dmrl.diffusion.sampling import Sampling
 from dmrl.loglikelihood import Pair
 
 LENGTH, BLOCK = 256, 32
@@ -42,6 +43,8 @@ class Checkpoint(LM):
       long_prompts: 'refuse', or 'cut' to the last tokens that fit.
       batch_size: requests at a time; changes no result.
       seed: of sampled completions and maskings.
+      rules: further fields of `dmrl.diffusion.sampling.Sampling`: order, schedule, remask, cache,
+        cfg_scale.
 
     Raises:
       ValueError: no tokenizer, an adapter without its base, or an option that cannot work.
@@ -62,6 +65,7 @@ class Checkpoint(LM):
         seed: int = 0,
         max_batch_size: int | None = None,
         device: str | None = None,
+        **rules: Any,
     ) -> None:
         super().__init__()
         del max_batch_size, device  # the harness names both; devices are those that JAX sees
@@ -69,6 +73,11 @@ class Checkpoint(LM):
             raise ValueError(f"long_prompts={long_prompts!r}: choose one of refuse, cut")
         if mc_num < 1:
             raise ValueError(f"mc_num={mc_num}: give at least 1")
+        known_rules = ("order", "schedule", "remask", "cache", "cfg_scale")
+        for name in rules:
+            if name not in known_rules:
+                raise ValueError(f"no option {name!r}; of the sampler there are {known_rules}")
+        self.rules = rules
         self.length, self.steps, self.block, self.seed = length, steps, block, seed
         self.mc_num, self.check_greedy, self.cuts = mc_num, check_greedy, long_prompts == "cut"
         self.batch = int(batch_size or 16)
@@ -177,13 +186,15 @@ class Checkpoint(LM):
         wanted = self.length or int(options.get("max_gen_toks") or LENGTH)
         block = self.block or min(BLOCK, wanted)
         length = -(-wanted // block) * block
-        temperature = float(options.get("temperature") or 0.0) if _samples(options) else 0.0
-        steps = self.steps or -(-(length // 2) // (length // block)) * (length // block)
-        return Sampling(length, steps, block, temperature)
+        blocks = length // block
+        steps = self.steps or max(block // 2, 1) * blocks
+        return Sampling(length, steps, block, **_drawn(options), **self.rules)
 
     def _decoded(self, contexts: list[list[int]], sampling: Sampling) -> Any:
         """Tokens [N, length] of the completions."""
-        return decoding.decode(self.ready, contexts, sampling, self.batch, self.seed, BUCKETS)
+        size = (1, self.batch, self.seed)
+        done = decoding.rollouts(self.ready, contexts, None, sampling, *size, BUCKETS)
+        return np.concatenate([rollout.tokens for _, rollout in done])
 
     def _text(self, tokens: Any, until: Sequence[str]) -> str:
         ids = tokens.tolist()
@@ -236,15 +247,15 @@ def _until(options: Mapping[str, Any]) -> list[str]:
     return [u for u in ([until] if isinstance(until, str) else until) if u]
 
 
-def _samples(options: Mapping[str, Any]) -> bool:
-    """Raises ValueError for a way of sampling that is not there."""
-    sampled = bool(options.get("do_sample")) and float(options.get("temperature") or 0.0) > 0
-    neutral: dict[str, Callable[[Any], bool]] = {
-        "top_p": lambda p: p in (None, 1, 1.0),
-        "top_k": lambda k: k in (None, 0, -1),
-        "num_beams": lambda n: n in (None, 1),
-    }
-    for name, fine in neutral.items():
-        if sampled and not fine(options.get(name)):
+def _drawn(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Temperature and nucleus of a request, greedy unless it says `do_sample`.
+
+    Raises ValueError for a way of sampling that is not there.
+    """
+    temperature = float(options.get("temperature") or 0.0)
+    if not options.get("do_sample") or not temperature:
+        return {"temperature": 0.0}
+    for name, neutral in (("top_k", (None, 0, -1)), ("num_beams", (None, 1))):
+        if options.get(name) not in neutral:
             raise ValueError(f"gen_kwargs {name}={options[name]}: this sampler has none")
-    return sampled
+    return {"temperature": temperature, "top_p": float(options.get("top_p") or 1.0)}

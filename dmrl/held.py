@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dmrl import data, evaluate, optim, parallel
+from dmrl import data, evaluate, optim, parallel, trajectories
 from dmrl.diffusion.sampler import Sampling
 from dmrl.programs import Programs
 from dmrl.recipe import Recipe
@@ -83,6 +83,7 @@ class Held:
             prompts = prompts.first(size)
         values: dict[str, float] = {}
         rows: list[Mapping[str, Any]] = []
+        read = trajectories.reader(r)
         for setting in settings:
             decoded = evaluate.decode(
                 self.programs(setting),
@@ -98,7 +99,7 @@ class Held:
             values |= {f"{prefix}/{k}": v for k, v in evaluate.metrics(decoded)}
             if when:
                 count = r.evaluation.trajectories
-                rows += evaluate.trajectories(
-                    decoded, prompts, r.task, r.tokenizer, setting, split, when, count
+                rows += trajectories.of_split(
+                    decoded, prompts, r.task, read, setting, split, when, count
                 )
         return Evaluated(values, rows)

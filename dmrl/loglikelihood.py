@@ -45,7 +45,7 @@ def estimate(
     """
     if not pairs:
         return np.zeros(0)
-    policy, mesh, tok = ready
+    policy, mesh, tok, _ = ready
     most = policy.model.max_sequence_length
     if not all(pair.continuation and pair.length <= most for pair in pairs):
         raise ValueError(f"a text is empty, or with its context longer than the model's {most}")

@@ -32,7 +32,7 @@ def folder(checkpoint: str) -> str:
         if (place / weights.MODEL_FILE).is_file():
             return str(place)
     raise FileNotFoundError(
-        f"--checkpoint={checkpoint}: no {weights.MODEL_FILE} there or in its folder weights; a "
+        f"{checkpoint}: no {weights.MODEL_FILE} there or in its folder weights; a "
         "run writes weights when it ends, launch/convert.py makes them from a Hugging Face folder"
     )
 
@@ -66,7 +66,7 @@ def load(checkpoint: str, base: Any, mesh: Any) -> Policy:
         return Policy(model, {"params": own}, None)
     if not base:
         raise ValueError(
-            f"--checkpoint={checkpoint} is an adapter: name the weights it was trained on "
+            f"{checkpoint} is an adapter: name the weights it was trained on "
             "(--config.model.init_from=DIR of launch/evaluate.py, --base=DIR of generate.py)"
         )
     if isinstance(base, str):

@@ -75,7 +75,8 @@ class Loop:
     checkpoint_every: int = 50
     checkpoints_kept: int = 2
     completions_every: int = 50
-    """Outer steps between samples of completions written to completions.jsonl."""
+    """Outer steps between samples of completions written to completions.jsonl, and those of one
+    prompt, with what they were branched into, to trajectories.jsonl."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -189,7 +190,7 @@ def build(config: Mapping[str, Any]) -> Recipe:
 
 
 def _buckets(config: Mapping[str, Any]) -> tuple[int, ...]:
-    buckets, most = tuple(config["prompt_buckets"]), config["max_prompt_length"]
+    buckets, most = tuple(config.get("prompt_buckets", ())), config["max_prompt_length"]
     if list(buckets) != sorted({b for b in buckets if 0 < b < most}):
         raise ValueError(
             f"prompt_buckets={buckets}: give rising lengths below max_prompt_length={most}"
@@ -198,7 +199,7 @@ def _buckets(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _long_prompts(config: Mapping[str, Any]) -> str:
-    rule: str = config["long_prompts"]
+    rule: str = config.get("long_prompts", data.LONG_PROMPTS[0])
     if rule not in data.LONG_PROMPTS:
         raise ValueError(f"long_prompts={rule!r}: choose one of {', '.join(data.LONG_PROMPTS)}")
     if rule == "cut" and config["preferences"]:

@@ -1,10 +1,6 @@
-// The page of the report: headline, curves, configuration, theme. All text from the run enters
-// through text nodes or attributes that hold no markup, never as HTML.
+// The page of the report: headline, curves, traces, configuration. One script with page.js,
+// report_charts.js and the viewer's.
 'use strict';
-
-const data = JSON.parse(document.getElementById('data').textContent);
-// Taken from the parsed document, so that the page holds no address at all.
-const SVG = new DOMParser().parseFromString('<svg></svg>', 'text/html').body.firstChild.namespaceURI;
 
 const TITLES = {
   reward: 'Reward', kl: 'KL to the reference', entropy: 'Entropy', grad_norm: 'Gradient norm',
@@ -16,27 +12,6 @@ const SMALL = ['kl', 'entropy', 'grad_norm', 'loss', 'learning_rate', 'frac_rewa
   'tokens_per_s'];
 const TIMES = ['time/rollout', 'time/reward', 'time/update'];
 
-function fill(node, attributes, children) {
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children.filter((child) => child !== ''));
-  return node;
-}
-
-const el = (tag, attributes = {}, ...children) =>
-  fill(document.createElement(tag), attributes, children);
-const svg = (tag, attributes = {}, ...children) =>
-  fill(document.createElementNS(SVG, tag), attributes, children);
-
-/** A value to six significant digits; a dash for one that is missing or not finite. */
-function number(value) {
-  if (value === null || value === undefined) return '–';
-  if (typeof value !== 'number') return String(value);
-  if (Number.isInteger(value)) return value.toLocaleString('en').replace('-', '−');
-  const size = Math.abs(value);
-  const text = size < 1e-3 || size >= 1e7 ? Number(value.toPrecision(6)).toExponential() : String(Number(value.toPrecision(6)));
-  return text.replace('-', '−').replace('e+', 'e');
-}
-
 /** A short number for an axis. */
 function axisNumber(value) {
   const v = Number(value.toPrecision(6));
@@ -46,23 +21,6 @@ function axisNumber(value) {
     : size >= 1e4 ? `${Number((v / 1e3).toPrecision(4))}k`
       : size < 1e-3 ? v.toExponential().replace('e-', 'e−') : String(v);
   return text.replace(/^-/, '−');
-}
-
-/** A labelled select; `fill` replaces its options, `change` receives the chosen index. */
-function select(text, labels, change, chosen = 0) {
-  const node = el('select', {});
-  const put = (names, index) => {
-    node.replaceChildren(...names.map((name) => el('option', {}, name)));
-    node.selectedIndex = index;
-  };
-  put(labels, chosen);
-  node.addEventListener('change', () => change(node.selectedIndex));
-  return { node, fill: put, label: el('label', {}, el('span', {}, text), node) };
-}
-
-function section(id, title, ...children) {
-  return el('section', { id, 'aria-labelledby': `${id}-title` },
-    el('h2', { id: `${id}-title` }, title), ...children);
 }
 
 /** A metric over all stages on the common axis of steps. */
@@ -112,10 +70,7 @@ function evalChart(host, metric, title, tall) {
 }
 
 function addHeadline(host) {
-  const toggle = el('button', { type: 'button', id: 'theme' }, 'Dark');
-  host.append(el('header', {},
-    el('div', { class: 'top' }, el('span', { class: 'kicker' }, 'dmrl training report'), toggle),
-    el('h1', {}, data.name),
+  host.append(el('header', {}, ...heading('dmrl training report', data.name),
     el('dl', { class: 'facts' }, ...data.facts.map(
       ([label, text]) => el('div', {}, el('dt', {}, label), el('dd', {}, text))))));
   for (const [file, count] of Object.entries(data.skipped)) {
@@ -123,21 +78,6 @@ function addHeadline(host) {
       ? `${file}: ${count} unreadable ${count > 1 ? 'lines were' : 'line was'} left out.`
       : `${file} could not be read.`));
   }
-  setTheme(toggle);
-}
-
-/** Light or dark: the system's choice until the button is pressed. */
-function setTheme(button) {
-  const root = document.documentElement;
-  const system = matchMedia('(prefers-color-scheme: dark)');
-  const dark = () => (root.dataset.theme || (system.matches ? 'dark' : 'light')) === 'dark';
-  const name = () => { button.textContent = dark() ? 'Light theme' : 'Dark theme'; };
-  button.addEventListener('click', () => {
-    root.dataset.theme = dark() ? 'light' : 'dark';
-    name();
-  });
-  system.addEventListener('change', name);
-  name();
 }
 
 function addChanges(host) {
@@ -245,6 +185,6 @@ addHeadline(page);
 page.append(main);
 addChanges(main.appendChild(section('changes', 'Before and after')));
 addCurves(main);
-addBoards(main.appendChild(section('boards', 'Denoising, step by step')));
+addViewer(main.appendChild(section('traces', 'Denoising, step by step')));
 addDetails(main);
 addConfig(main);

@@ -1,48 +1,22 @@
 """The HTML report of a run: one self-contained page, drawn from what the run wrote.
 
 `python -m dmrl.report WORKDIR` writes it again at any time. The page fetches nothing: metrics
-and trajectories are embedded as JSON, charts and boards are drawn by the scripts beside this file.
+and traces are embedded as JSON, and drawn by the scripts beside this file.
 """
 
-import base64
-import hashlib
-import html
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Iterable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-SCRIPTS = ("report_charts.js", "report_boards.js", "report.js")
+from dmrl import page, viewer
+
+SCRIPTS = ("report_charts.js", *viewer.SCRIPTS, "report.js")
+STYLES = (*viewer.STYLES, "report.css")
 MAX_POINTS = 2000
-MAX_BOARDS = 64
-
-_COLUMNS = ("tokens", "reveal_step", "log_prob", "entropy", "correct")
-_SHOWN = ("prompt", "steps", "reward", "metrics", "grid", *_COLUMNS)
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; \
-style-src {style_hash}; script-src {script_hash}">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<noscript>This report is drawn by the script it contains; please allow scripts.</noscript>
-<div id="page"></div>
-<script type="application/json" id="data">{data}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
 
 
 def write(workdir: Path) -> Path:
@@ -58,11 +32,8 @@ def write(workdir: Path) -> Path:
     workdir = Path(workdir)
     if not workdir.is_dir():
         raise NotADirectoryError(f"workdir must be the directory of a run, got {str(workdir)!r}")
-    target = workdir / "report.html"
-    partial = workdir / f".report.{os.getpid()}.html"
-    partial.write_text(_render(_collect(workdir)), encoding="utf-8")
-    os.replace(partial, target)
-    return target
+    data = _collect(workdir)
+    return page.write(workdir / "report.html", f"{data['name']} · dmrl", data, SCRIPTS, STYLES)
 
 
 def _collect(workdir: Path) -> dict[str, Any]:
@@ -72,55 +43,24 @@ def _collect(workdir: Path) -> dict[str, Any]:
     lines = [line for line in logged if isinstance(line.get("step"), int)]
     rows, bad_rows = _read_lines(workdir / "trajectories.jsonl")
     stages = _stages(lines)
-    boards, boards_left_out, bad_boards = _boards(rows)
+    traces, left_out, bad_traces = viewer.choose(rows)
     skipped = {
         "config.json": bad_config,
         "metrics.jsonl": bad_lines + len(logged) - len(lines),
-        "trajectories.jsonl": bad_rows + bad_boards,
+        "trajectories.jsonl": bad_rows + bad_traces,
     }
-    page = {
+    found = {
         "name": workdir.resolve().name,
         "facts": _facts(meta, stages),
         "changes": _changes(stages),
         "stages": [_thin(stage) for stage in stages],
-        "boards": boards,
-        "boards_left_out": boards_left_out,
+        "traces": traces,
+        "left_out": left_out,
         "skipped": {name: count for name, count in skipped.items() if count},
         "packages": meta.get("packages"),
         "git": meta.get("git"),
     }
-    return {**_finite(page, ".6g"), "config": _finite(meta.get("config"), ".17g")}
-
-
-def _render(page: dict[str, Any]) -> str:
-    assets = resources.files("dmrl")
-    script = "\n".join(assets.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)
-    style = assets.joinpath("report.css").read_text(encoding="utf-8")
-    # Escaped, no text of a model can close the element; the hashes stop any script but ours.
-    data = json.dumps(page, allow_nan=False, separators=(",", ":"))
-    return _PAGE.format(
-        title=html.escape(f"{page['name']} · dmrl"),
-        style=style,
-        style_hash=_sha256(style),
-        script=script,
-        script_hash=_sha256(script),
-        data=data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"),
-    )
-
-
-def _sha256(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _finite(value: Any, spec: str) -> Any:
-    """The same structure, floats cut to the digits of `spec` and non-finite ones as None."""
-    if isinstance(value, float):
-        return float(format(value, spec)) if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _finite(item, spec) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item, spec) for item in value]
-    return value
+    return {**page.finite(found), "config": page.finite(meta.get("config"), ".17g")}
 
 
 def _json_object(text: str) -> dict[str, Any] | None:
@@ -292,44 +232,6 @@ def _duration(stages: list[dict[str, Any]]) -> str:
         return f"{seconds:.1f} s of logged steps"
     hours, minutes = divmod(round(seconds / 60), 60)
     return (f"{hours} h " if hours else "") + f"{minutes} min of logged steps"
-
-
-def _boards(rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], int, int]:
-    """(trajectories to show, boards left out, malformed trajectories).
-
-    Of each setting the first MAX_BOARDS boards are kept with all their trajectories; one that is
-    recorded twice counts as its later line.
-    """
-    kept: dict[tuple[str, str, str], dict[str, Any]] = {}
-    boards: dict[str, set[str]] = {}
-    left_out: set[tuple[str, str]] = set()
-    malformed = 0
-    for row in rows:
-        if not _is_trajectory(row):
-            malformed += 1
-            continue
-        setting, board = str(row["setting"]), str(row["id"])
-        seen = boards.setdefault(setting, set())
-        if board not in seen and len(seen) == MAX_BOARDS:
-            left_out.add((setting, board))
-            continue
-        seen.add(board)
-        when = str(row["when"])
-        names = {"setting": setting, "id": board, "when": when}
-        kept[setting, board, when] = {key: row.get(key) for key in _SHOWN} | names
-    return list(kept.values()), len(left_out), malformed
-
-
-def _is_trajectory(row: dict[str, Any]) -> bool:
-    """Whether the fields are there and each list has one entry a position."""
-    lists = [row.get(key) for key in _COLUMNS]
-    return (
-        all(key in row for key in ("when", "setting", "id"))
-        and isinstance(row.get("steps"), int)
-        and all(isinstance(column, list) for column in lists)
-        and len({len(column) for column in lists if isinstance(column, list)}) == 1
-        and all(isinstance(step, int) for step in row["reveal_step"])
-    )
 
 
 def main() -> None:

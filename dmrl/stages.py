@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmrl import data, evaluate, models, optim, parallel, rescue, scoring, tokenizer
+from dmrl import data, evaluate, models, optim, parallel, rescue, scoring, tokenizer, trajectories
 from dmrl.held import Evaluated, Held
 from dmrl.programs import Programs, TrainState, make_term, needs
 from dmrl.recipe import Loop, Recipe
@@ -21,7 +21,8 @@ class StepResult(NamedTuple):
 
     state: TrainState
     values: dict[str, float]
-    completions: list[dict[str, Any]]
+    completions: Sequence[Mapping[str, Any]] = ()
+    trajectories: Sequence[Mapping[str, Any]] = ()
 
 
 @runtime_checkable
@@ -102,7 +103,7 @@ class WarmStart:
         state, metrics = self.programs.update(state, self.held.frozen, [example], [(None,)], key)
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         seconds = time.perf_counter() - start
-        return StepResult(state, values | {"time/update": seconds, "step_time": seconds}, [])
+        return StepResult(state, values | {"time/update": seconds, "step_time": seconds})
 
     def evaluate(self, state: TrainState, number: int) -> Evaluated | None:
         """Validation every so often; done when the solve rate reaches the target."""
@@ -225,7 +226,10 @@ class Reinforce:
         }
         if in_phase + 1 == loop.phase_steps:  # the last one too: it ends with its average
             state = self.programs.next_phase(state)
-        return StepResult(state, values, self._completions(number, scored))
+        if not loop.completions_every or (number + 1) % loop.completions_every:
+            return StepResult(state, values)
+        told = trajectories.of_step(self.recipe, number + 1, scored[0])
+        return StepResult(state, values, self._completions(number, scored), told)
 
     def evaluate(self, state: TrainState, number: int) -> Evaluated | None:
         """Validation every so often; all splits and settings before and after training."""
@@ -288,9 +292,6 @@ class Reinforce:
         return parallel.put(x, parallel.batch_sharding(self.programs.mesh))
 
     def _completions(self, number: int, scored: Sequence[Scored]) -> list[dict[str, Any]]:
-        every = self.recipe.loop.completions_every
-        if not every or (number + 1) % every:
-            return []
         r = self.recipe
         ids = r.model.mask_token_id, r.model.eos_token_id
         return [

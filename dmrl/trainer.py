@@ -278,6 +278,8 @@ class _StageRun:
         loop.metrics.write(self.number, stage.name, result.values)
         for row in result.completions:
             loop.lines["completions.jsonl"].append(row)
+        for row in result.trajectories:
+            loop.lines["trajectories.jsonl"].append(row)
         seconds = self.clock - before
         loop.console.step(stage.name, self.number, stage.steps, result.values, seconds)
         self._evaluate()

@@ -9,7 +9,7 @@ Axes, everywhere:
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -25,6 +25,20 @@ TEMPLATE = -1
 
 HINT = -2
 """`reveal_step` of a position that was injected from outside (inpainting)."""
+
+
+class Cached(NamedTuple):
+    """Forwards that keep, and forwards that use, the keys and values of every layer.
+
+    The store is theirs alone. What `extend` gives differs from `encode` by what the other
+    positions would have answered to the tokens that changed since `prefill`.
+    """
+
+    prefill: Callable[..., tuple[Float[Array, "batch width d"], Any]]
+    """(tokens [B,S], valid [B,S], start, width) -> what `Denoiser.window` gives, and the store."""
+    extend: Callable[..., Float[Array, "batch width d"]]
+    """(tokens, valid, store, start, width) -> hidden of the window, whose own keys and values are
+    fresh while all others come from the store."""
 
 
 class Denoiser(NamedTuple):
@@ -47,6 +61,8 @@ class Denoiser(NamedTuple):
     window: Callable[..., Float[Array, "batch width d"]] | None = None
     """(tokens, valid, start, width) -> hidden of positions start .. start + width [B,W,D], what
     `encode` gives there for less work and not for differentiation; None: there is no such way."""
+    cached: Cached | None = None
+    """For samplers that reuse keys and values; None: there is no such way."""
 
 
 class Models(NamedTuple):

@@ -4,10 +4,15 @@
     python launch/generate.py --checkpoint=CKPT_DIR --tokenizer=HF_DIR --length=256 < prompts.txt
     python launch/generate.py --checkpoint=runs/mine/weights --prompts=FILE.jsonl --samples=4 \\
         --temperature=0.9 --out=completions.jsonl
+    python launch/generate.py --checkpoint=runs/mine --compare=runs/other --prompts=FILE.jsonl \\
+        --trace=trace.html
 
 Prompts come from --prompt, from a file, or from standard input: a line each, or JSON objects
 with a field `prompt` (a text with line breaks) and perhaps `template` (the completion with _
 where the model fills). Length, steps and blocks are those of the run, if it is one.
+
+--trace shows how each completion was decoded, step by step, on a page of its own (docs/viewer.md);
+--compare decodes the same prompts in the same way with another policy, beside the first.
 """
 
 import json
@@ -36,6 +41,8 @@ SAMPLES = flags.DEFINE_integer("samples", 1, "Completions of each prompt", lower
 BATCH = flags.DEFINE_integer("batch", 16, "Prompts at a time; changes no result", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of sampled completions")
 OUT = flags.DEFINE_string("out", None, "JSONL file; default standard output")
+TRACE = flags.DEFINE_string("trace", None, "HTML page that shows the decoding, step by step")
+COMPARE = flags.DEFINE_string("compare", None, "Another checkpoint, beside the first on the page")
 flags.mark_flag_as_required("checkpoint")
 
 
@@ -44,6 +51,7 @@ def main(argv: list[str]) -> None:
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}")
+        check_trace()
         rows = completed(prompts())
     except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
@@ -52,6 +60,16 @@ def main(argv: list[str]) -> None:
         Path(OUT.value).write_text(text, encoding="utf-8")
     else:
         sys.stdout.write(text)
+
+
+def check_trace() -> None:
+    """Raises ValueError before anything is loaded: the page comes last."""
+    if COMPARE.value and not TRACE.value:
+        raise ValueError("--compare shows its completions on a page: give --trace=FILE.html too")
+    if COMPARE.value and Path(COMPARE.value).resolve() == Path(CHECKPOINT.value).resolve():
+        raise ValueError(f"--compare={COMPARE.value} is the policy of --checkpoint itself")
+    if TRACE.value and not Path(TRACE.value).resolve().parent.is_dir():
+        raise ValueError(f"--trace={TRACE.value}: there is no folder {Path(TRACE.value).parent}")
 
 
 def prompts() -> list[dict[str, Any]]:
@@ -83,25 +101,39 @@ def prompts() -> list[dict[str, Any]]:
 
 
 def completed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with their completions."""
-    from dmrl import generation, parallel, policy, recipe, tokenizer, trainer
+    """The rows with the completions of --checkpoint; the page of --trace is written."""
+    from dmrl import policy, viewer
 
+    for place in filter(None, (CHECKPOINT.value, COMPARE.value)):
+        policy.folder(place)  # both before the work of the first
     logging.getLogger("jax").setLevel(logging.WARNING)
-    config = policy.config(CHECKPOINT.value)
-    made = recipe.build(config) if config else None
-    mesh = parallel.make_mesh(**(made.mesh if made else {}))
-    base: Any = BASE.value or (made.init_from if made else "")
-    if made and made.model.lora_rank and not base:
-        base = trainer.initial_weights(made, mesh)[1]
-    loaded = policy.load(CHECKPOINT.value, base, mesh)
-    tok = tokenizer.load(TOKENIZER.value) if TOKENIZER.value else made and made.tokenizer
-    if tok is None:
-        raise ValueError("no tokenizer: give --tokenizer=DIR, a folder with tokenizer.json")
-    own = made.sampling if made else None
-    decoder = generation.sampling(own, LENGTH.value, STEPS.value, BLOCK.value, TEMPERATURE.value)
-    return generation.complete(
-        loaded, mesh, tok, rows, decoder, SAMPLES.value, BATCH.value, SEED.value
-    )
+    lines, traces, decoder = decoded(CHECKPOINT.value, rows)
+    if COMPARE.value:
+        traces += decoded(COMPARE.value, rows, decoder)[1]
+    if TRACE.value:
+        viewer.write(Path(TRACE.value), Path(TRACE.value).stem, traces)
+    return lines
+
+
+def decoded(
+    checkpoint: str, rows: list[dict[str, Any]], decoder: Any = None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Any]:
+    """(rows with completions, their traces if asked for, how they were decoded) of a policy."""
+    from dmrl import decoding, generation, trace
+
+    ready = decoding.opened(checkpoint, TOKENIZER.value or "", BASE.value or "")
+    if decoder is None:
+        decoder = generation.sampling(
+            ready.sampling, LENGTH.value, STEPS.value, BLOCK.value, TEMPERATURE.value
+        )
+    size = (SAMPLES.value, BATCH.value, SEED.value)
+    batches = list(generation.complete(ready, rows, decoder, *size))
+    lines = [line for found, _ in batches for line in found]
+    if not TRACE.value:
+        return lines, [], decoder
+    model = ready.policy.model
+    read = trace.Reader(ready.tokenizer, model.mask_token_id, model.eos_token_id)
+    return lines, generation.traces(batches, read, decoder, SAMPLES.value, checkpoint), decoder
 
 
 if __name__ == "__main__":

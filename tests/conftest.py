@@ -4,7 +4,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import compiling
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.update(compiling.QUICKLY)
 
 import jax
 import jaxtyping
@@ -15,6 +18,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Before any test imports dmrl: every annotation of ours is then checked at every call.
 jaxtyping.install_import_hook(["dmrl"], "beartype.beartype")
 
+import browser as chromium  # noqa: E402
 import goldens  # noqa: E402
 
 
@@ -45,11 +49,11 @@ def data_dir() -> Path:
 
 
 @pytest.fixture(scope="module")
-def quick_compile() -> Iterator[None]:
-    """For modules of many small programs, whose compilation takes longer than their run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimised() -> Iterator[None]:
+    """For modules that look at compiled programs or run one for long."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +66,9 @@ def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     jax.config.update("jax_compilation_cache_dir", None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Browser]:
+    """Headless Chromium, one for all pages."""
+    yield from chromium.started(tmp_path_factory.mktemp("profile"))

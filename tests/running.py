@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiling
+
 from configs import sudoku_dispo
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +71,7 @@ def start(*args, cache=None, recipe=RECIPE, path=(), more=None):
     `more`: further variables of its environment.
     """
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(map(str, path))}
-    env.pop("XLA_FLAGS", None)
+    env |= compiling.QUICKLY
     env |= more or {}
     if cache:
         env |= {
@@ -88,7 +90,7 @@ def start(*args, cache=None, recipe=RECIPE, path=(), more=None):
 
 
 def start_together(count, *args, cache=None, own=()):
-    """`count` processes of one run. They compile without optimising: several share a core.
+    """`count` processes of one run.
 
     `own`: for some of the processes, the first ones, a further argument.
     """
@@ -98,7 +100,6 @@ def start_together(count, *args, cache=None, own=()):
     shared = {
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": str(count),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     return [
         start(*args, *own[i : i + 1], cache=cache, more=shared | {"JAX_PROCESS_ID": str(i)})

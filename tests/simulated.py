@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiling
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -13,7 +15,7 @@ def run(script, *args):
     """What the last line that `script` prints holds as JSON."""
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {compiling.FLAGS}",
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(

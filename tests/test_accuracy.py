@@ -15,7 +15,6 @@ from dmrl import accuracy, models, parallel, policy, protocol, recipe, results
 from dmrl.diffusion.sampler import Sampling
 from dmrl.models import weights
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 HELD = {"task__held_out_size": 11}
 
 
@@ -33,7 +32,7 @@ def stored(workdir, config, adapter=False):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, quick_compile):
+def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     made, _ = stored(workdir, config(**HELD))
     return workdir, made

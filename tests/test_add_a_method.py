@@ -30,13 +30,13 @@ def page(tmp_path, monkeypatch):
     vars(algorithms).pop("reinforce", None)
 
 
-@pytest.mark.usefixtures("page", "quick_compile")
+@pytest.mark.usefixtures("page")
 def test_the_test_on_the_page_passes():
     module = importlib.import_module("page_test")
     module.test_the_expected_gradient_is_that_of_the_expected_reward()
 
 
-@pytest.mark.usefixtures("page", "quick_compile")
+@pytest.mark.usefixtures("page")
 def test_the_method_on_the_page_trains(tmp_path):
     config = importlib.import_module("configs.reinforce").get_config()
     config.steps, config.prompts_per_step, config.warm_start.steps = 2, 4, 0

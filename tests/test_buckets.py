@@ -108,7 +108,6 @@ def run(steps=8, **overrides):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 def test_a_run_in_buckets_is_the_same_run():
     done, values, compiled = run()
     bucketed, same, lengths = run(prompt_buckets=(10,))

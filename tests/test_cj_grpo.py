@@ -17,8 +17,6 @@ from dmrl.diffusion.likelihood import state_log_prob
 from dmrl.diffusion.sampler import Sampling
 from dmrl.types import TEMPLATE, Models
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LENGTH, STEPS, EOS = 4, 3, 2
 KEY = jax.random.key(0)
 

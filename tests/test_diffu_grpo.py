@@ -15,8 +15,6 @@ from dmrl.algorithms import diffu_grpo, surrogate
 from dmrl.diffusion.likelihood import state_log_prob
 from dmrl.types import TEMPLATE, Models
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LENGTH, EOS = 4, 2
 
 

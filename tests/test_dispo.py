@@ -14,8 +14,6 @@ from dmrl.diffusion.masking import mask_prompt
 from dmrl.diffusion.probe import fill
 from dmrl.types import TEMPLATE, Models, Probe
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 M = tiny.MASK
 THEORY = {"ratio_level": "sequence", "epsilon": None, "beta": 0.0, "p_mask_prompt": 0.0}
 KEY = jax.random.key(5)

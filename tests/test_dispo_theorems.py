@@ -15,8 +15,6 @@ from dmrl.diffusion.likelihood import state_log_prob
 from dmrl.diffusion.sampler import Sampling
 from dmrl.types import Denoiser, Models, Probe
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 M = tiny.MASK
 THEORY = {"ratio_level": "sequence", "epsilon": None, "beta": 0.0, "p_mask_prompt": 0.0}
 STATES = {2: jnp.array([1, M, M, 0]), 3: jnp.array([M, 2, M, M])}

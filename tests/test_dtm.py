@@ -14,8 +14,6 @@ from dmrl import models
 from dmrl.algorithms import dtm
 from dmrl.types import HINT, TEMPLATE, Denoiser, Models
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 VOCAB, MASK, LENGTH, BLOCK = 3, 2, 4, 2
 CONTROLS = (0.0, 0.5, 1.0)
 OUTCOMES = np.array(list(itertools.product(range(MASK), repeat=LENGTH)))

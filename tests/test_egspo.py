@@ -13,12 +13,12 @@ import tiny
 from dmrl import models
 from dmrl.algorithms import egspo
 from dmrl.diffusion import divergence, exact
+from dmrl.diffusion.guidance import tempered
 from dmrl.diffusion.likelihood import POSITIONS, completion_hidden, state_log_prob
+from dmrl.diffusion.order import entropy_of
 from dmrl.diffusion.probe import fill, state_at
-from dmrl.diffusion.sampler import Sampling, entropy_of, tempered
+from dmrl.diffusion.sampler import Sampling
 from dmrl.types import TEMPLATE, Denoiser, Models, Probe
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 M, KEY = tiny.MASK, jax.random.key(5)
 

@@ -15,8 +15,6 @@ import tiny
 from benchmarks import estimators
 from dmrl.diffusion import bounds, likelihood
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 L = 4
 ORDERS = bounds.unmaskings(L)
 BETAS = (1.0, 1.5, 2.0, 3.0, 4.0, 8.0)

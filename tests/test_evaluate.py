@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dmrl import data, evaluate, models, protocol, tasks, tokenizer
+from dmrl import data, evaluate, models, protocol, tasks, tokenizer, trace, trajectories
 from dmrl.diffusion.sampler import Sampling
 from dmrl.types import TEMPLATE, Rollout
 
@@ -130,19 +130,19 @@ def test_trajectory_rows_show_cells_in_the_order_of_the_board():
         {name: np.zeros(3) for name in task.score(prompts.examples[0], "")},
     )
     setting = Sampling(29, STEPS, 29)
-    rows = list(evaluate.trajectories(decoded, prompts, task, tok, setting, "test", "before", 2))
+    read = trace.Reader(tok, tok.mask_token_id, tok.eos_token_id)
+    rows = list(trajectories.of_split(decoded, prompts, task, read, setting, "test", "before", 2))
     assert [r["id"] for r in rows] == [0, 1]
     for row, example in zip(rows, prompts.examples, strict=False):
         assert (row["when"], row["setting"], row["steps"]) == ("before", "test greedy_4", STEPS)
         assert row["grid"] == [4, 4]
-        assert len(row["tokens"]) == len(row["reveal_step"]) == len(row["correct"]) == 16
+        assert len(row["tokens"]) == len(row["reveal_step"]) == len(row["answer"]) == 16
+        assert "".join(row["answer"]) == example.solution
         for cell, given in enumerate(example.puzzle):
             if given != "0":
                 assert row["tokens"][cell] == given
                 assert row["reveal_step"][cell] == TEMPLATE
-                assert row["correct"][cell] is None
             else:
                 assert row["tokens"][cell] == "3"
                 assert 0 <= row["reveal_step"][cell] < STEPS
-                assert row["correct"][cell] is (example.solution[cell] == "3")
         assert row["template"] == example.puzzle.replace("0", "_")

@@ -21,12 +21,11 @@ if importlib.util.find_spec("lm_eval") is None:
 
 from dmrl import harness
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 LETTERS = "abcdefgh :\n"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, quick_compile):
+def folder(tmp_path_factory):
     """Weights drawn wide enough that predictions differ, with their tokenizer."""
     tok = tokenizer.characters(LETTERS)
     cfg = models.Config(
@@ -71,8 +70,8 @@ def generated(model, until=(), **options):
 
 def completed(ready, rows, decoder):
     """What launch/generate.py would say."""
-    found = generation.complete(*ready, rows, decoder, 1, 6, 0)
-    return [row["completion"] for row in found]
+    found = generation.complete(ready, rows, decoder, 1, 6, 0)
+    return [row["completion"] for lines, _ in found for row in lines]
 
 
 def test_texts_are_the_sampler_s_in_the_order_of_the_requests(folder):
@@ -114,8 +113,14 @@ def test_requests_may_differ_in_length_and_temperature(folder):
     )
     sampling = model._sampling({"max_gen_toks": 40})
     assert (sampling.length, sampling.steps, sampling.block_length) == (64, 32, 32)
-    with pytest.raises(ValueError, match=r"top_p=0\.9: this sampler has none"):
-        generated(model, do_sample=True, temperature=1.0, top_p=0.9)
+    sampling = model._sampling({"do_sample": True, "temperature": 0.7, "top_p": 0.9})
+    assert (sampling.length, sampling.temperature, sampling.top_p) == (256, 0.7, 0.9)
+    assert model._sampling({"temperature": 0.7}).temperature == 0
+    assert opened(folder, order="random")._sampling({}).order == "random"
+    with pytest.raises(ValueError, match="top_k=5: this sampler has none"):
+        generated(model, do_sample=True, temperature=1.0, top_k=5)
+    with pytest.raises(ValueError, match=r"no option 'nucleus'; of the sampler there are"):
+        opened(folder, nucleus=0.5)
 
 
 def test_one_token_s_likelihood_is_exact_whatever_surrounds_it(folder):

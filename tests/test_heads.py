@@ -9,8 +9,6 @@ import tiny
 from dmrl import models
 from dmrl.models import heads, llada
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CFG = models.Config(
     vocab_size=8,
     d_model=16,

@@ -12,8 +12,6 @@ from dmrl.algorithms import igpo
 from dmrl.diffusion.likelihood import state_log_prob
 from dmrl.types import HINT, TEMPLATE, Models
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LENGTH, EOS, ROWS = 6, 2, 8
 HP = igpo.Hyper()
 

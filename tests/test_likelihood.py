@@ -11,8 +11,6 @@ import tiny
 from dmrl.diffusion import likelihood
 from dmrl.diffusion.noise import row_keys
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def test_many_maskings_are_one_forward_each():
     params, _, bind = tiny.perceptron(4, prompt=2)

@@ -10,12 +10,11 @@ import pytest
 import tiny
 
 from dmrl.algorithms import mdpo, surrogate
+from dmrl.diffusion.guidance import tempered
 from dmrl.diffusion.likelihood import state_log_prob
 from dmrl.diffusion.probe import fill, state_at
-from dmrl.diffusion.sampler import Sampling, sample, tempered
+from dmrl.diffusion.sampler import Sampling, sample
 from dmrl.types import TEMPLATE, Models
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 M, KEY = tiny.MASK, jax.random.key(5)
 LENGTH, STEPS = 5, 4

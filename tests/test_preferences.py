@@ -9,8 +9,6 @@ from running import config, rows
 from configs import vrpo
 from dmrl import preferences, recipe, tasks, tokenizer, trainer
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 TASK = tasks.load("sudoku", train_size=24, held_out_size=8)
 TOK = tokenizer.characters(TASK.alphabet)
 IDS = (TOK.mask_token_id, TOK.eos_token_id)

@@ -14,8 +14,6 @@ from dmrl.diffusion.likelihood import POSITIONS, over_positions, state_log_prob
 from dmrl.diffusion.probe import fill, state_at
 from dmrl.types import HINT, TEMPLATE, ProbePlan
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 REVEAL = [[0, TEMPLATE, 1, 2], [2, TEMPLATE, 0, 1], [1, TEMPLATE, 2, 0]]
 TOKENS = [[0, 1, 2, 0], [2, 2, 1, 0], [1, 0, 0, 1]]
 

@@ -14,7 +14,6 @@ from dmrl.diffusion.sampler import Sampling
 from dmrl.programs import Programs, make_term, needs
 from dmrl.types import HINT, TEMPLATE
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 MODEL = models.Config(
     vocab_size=9,
     d_model=16,

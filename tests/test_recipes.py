@@ -66,7 +66,7 @@ def small(name, **overrides):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "sudoku_dispo"])
-@pytest.mark.usefixtures("quick_compile", "compile_once")
+@pytest.mark.usefixtures("compile_once")
 def test_the_tiny_recipe_trains(name, tmp_path):
     values = small(name)
     trainer.train(recipe.build(values), tmp_path, values)
@@ -77,7 +77,7 @@ def test_the_tiny_recipe_trains(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile", "compile_once")
+@pytest.mark.usefixtures("compile_once")
 def test_a_learned_log_z_is_trained_and_kept_but_is_no_part_of_the_weights(tmp_path):
     values = small("trafl", terms__trafl__log_z="learned", steps=3)
     made = recipe.build(values)
@@ -97,7 +97,7 @@ class Killed(Exception):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile", "compile_once")
+@pytest.mark.usefixtures("compile_once")
 def test_a_run_with_phases_resumes_bit_for_bit(tmp_path, monkeypatch):
     """Killed within a phase: teacher, average and Adam come back from the checkpoint."""
     overrides = {"steps": 5, "ema": 0.5}
@@ -124,7 +124,7 @@ def test_a_run_with_phases_resumes_bit_for_bit(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile", "compile_once")
+@pytest.mark.usefixtures("compile_once")
 def test_all_wrong_groups_are_rescued_by_right_answers(tmp_path):
     values = small("igpo", steps=4, prompts_per_step=16, task__reward="board", completions_every=1)
     trainer.train(recipe.build(values), tmp_path, values)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dmrl import report
+from dmrl import report, viewer
 
 HOSTILE = "</script><img src=x onerror=alert(1)><!--"
 
@@ -30,7 +30,7 @@ def trajectory(**changes: Any) -> dict[str, Any]:
         "steps": 4,
         "reward": 0.5,
         "metrics": {"solved": 0.0},
-        "correct": [None, True, False, None],
+        "answer": [None, "2", "4", None],
         "grid": [2, 2],
     }
     return row | changes
@@ -84,16 +84,8 @@ def test_hostile_text_stays_data(tmp_path):
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<img" not in page
     assert page.count("</script>") == 2
-    assert data["boards"][0]["tokens"] == [HOSTILE] * 4
+    assert data["traces"][0]["tokens"] == [HOSTILE] * 4
     assert data["config"] == {"task": HOSTILE}
-
-
-def test_scripts_set_no_markup():
-    for name in report.SCRIPTS:
-        script = (Path(report.__file__).parent / name).read_text(encoding="utf-8")
-        assert not re.search(
-            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", script
-        )
 
 
 def test_changes_take_first_and_last_finite_value(tmp_path):
@@ -162,7 +154,7 @@ def test_not_finite_becomes_null(tmp_path):
     board = trajectory(log_prob=[0.0, float("-inf"), float("nan"), 0.0])
     data = embedded(fill(tmp_path, metrics=rows, trajectories=[board]))
     assert data["stages"][0]["series"] == {"kl": [[0, 1], [None, 0.123457]], "loss": [[0], [None]]}
-    assert data["boards"][0]["log_prob"] == [0.0, None, None, 0.0]
+    assert data["traces"][0]["log_prob"] == [0.0, None, None, 0.0]
 
 
 def test_config_is_exact_and_summarised(tmp_path):
@@ -199,17 +191,17 @@ def test_broken_files_are_counted_not_fatal(tmp_path):
     data = embedded(tmp_path)
     assert data["skipped"] == {"config.json": 1, "metrics.jsonl": 3, "trajectories.jsonl": 2}
     assert data["stages"][0]["series"] == {"reward": [[1], [0.5]]}
-    assert len(data["boards"]) == 1
+    assert len(data["traces"]) == 1
 
 
 def test_boards_are_limited_by_board_not_by_line(tmp_path):
-    ids = range(report.MAX_BOARDS + 3)
+    ids = range(viewer.MAX_IDS + 3)
     rows = [trajectory(when=when, id=i) for when in ("before", "after") for i in ids]
     rows.append(trajectory(when="after", id=0, reward=0.875))
     data = embedded(fill(tmp_path, trajectories=rows))
-    assert len(data["boards"]) == 2 * report.MAX_BOARDS
-    assert data["boards_left_out"] == 3
-    assert {row["reward"] for row in data["boards"] if row["id"] == "0"} == {0.5, 0.875}
+    assert len(data["traces"]) == 2 * viewer.MAX_IDS
+    assert data["left_out"] == 3
+    assert {row["reward"] for row in data["traces"] if row["id"] == "0"} == {0.5, 0.875}
 
 
 def test_long_series_keep_their_ends(tmp_path):

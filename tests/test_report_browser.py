@@ -1,95 +1,14 @@
-"""The report in a real browser: headless Chromium, driven through chromedriver's own protocol."""
+"""The report in a real browser: headless Chromium (see `browser.py` for where to get one)."""
 
 import json
 import math
 import re
-import shutil
-import subprocess
-import time
-import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import HOSTILE, Browser
 
 from dmrl import report
-
-CHROMIUM = shutil.which("chromium")
-CHROMEDRIVER = shutil.which("chromedriver")
-HOSTILE = "</script><img src=x onerror=window.hacked=1>"
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-]
-
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None or CHROMEDRIVER is None,
-    reason="needs chromium and chromedriver on PATH (Debian: chromium chromium-driver)",
-)
-
-
-class Browser:
-    """One WebDriver session."""
-
-    def __init__(self, port: str, profile: Path):
-        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        self.base = f"http://127.0.0.1:{port}/session"
-        options = {"binary": CHROMIUM, "args": [*FLAGS, f"--user-data-dir={profile}"]}
-        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        self.base += (
-            "/" + self.call("POST", "", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
-        )
-
-    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.base + path, data, headers, method=method)
-        with self.opener.open(request, timeout=60) as answer:
-            return json.load(answer)["value"]
-
-    def open(self, page: Path) -> None:
-        self.call("POST", "/url", {"url": page.as_uri()})
-
-    def run(self, script: str) -> Any:
-        return self.call("POST", "/execute/sync", {"script": script, "args": []})
-
-    def console(self) -> list[dict[str, Any]]:
-        return self.call("POST", "/se/log", {"type": "browser"})
-
-    def emulate(self, command: str, **parameters: Any) -> None:
-        body = {"cmd": f"Emulation.{command}", "params": parameters}
-        self.call("POST", "/goog/cdp/execute", body)
-
-    def wait(self, script: str) -> None:
-        """Until the script returns something true, at most ten seconds."""
-        deadline = time.monotonic() + 10
-        while not self.run(script):
-            assert time.monotonic() < deadline, f"never true: {script}"
-            time.sleep(0.05)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[Browser]:
-    assert CHROMEDRIVER is not None
-    with subprocess.Popen([CHROMEDRIVER, "--port=0"], stdout=subprocess.PIPE, text=True) as driver:
-        try:
-            assert driver.stdout is not None
-            ports = (re.search(r"successfully on port (\d+)", line) for line in driver.stdout)
-            session = Browser(
-                next(port[1] for port in ports if port), tmp_path_factory.mktemp("profile")
-            )
-            yield session
-            session.call("DELETE", "")
-        finally:
-            driver.terminate()
 
 
 def run_lines() -> list[dict[str, Any]]:
@@ -105,7 +24,7 @@ def run_lines() -> list[dict[str, Any]]:
     ]
 
 
-def boards() -> list[dict[str, Any]]:
+def traces() -> list[dict[str, Any]]:
     grid = {
         "setting": "greedy_4",
         "prompt": HOSTILE,
@@ -117,7 +36,7 @@ def boards() -> list[dict[str, Any]]:
         "steps": 4,
         "reward": 1.0,
         "metrics": {"solved": 1.0, "cells": 1.0},
-        "correct": [None, None, True, False] * 4,
+        "answer": [None, None, "3", "0"] * 4,
         "grid": [4, 4],
     }
     text = grid | {"setting": "text", "grid": None, "tokens": [HOSTILE, "a\n"] * 8}
@@ -129,7 +48,7 @@ def page(browser, tmp_path) -> Browser:
     (tmp_path / "config.json").write_text(
         json.dumps({"config": {"task": HOSTILE}, "git": None, "packages": {}, "device": "cpu x1"})
     )
-    for name, rows in (("metrics", run_lines()), ("trajectories", boards())):
+    for name, rows in (("metrics", run_lines()), ("trajectories", traces())):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / f"{name}.jsonl").write_text(text)
     browser.console()
@@ -149,7 +68,7 @@ def move(page: Browser, step: int) -> None:
 
 def choose_text(page: Browser) -> None:
     page.run(
-        "const s = document.querySelector('#boards select'); s.selectedIndex = 1;"
+        "const s = document.querySelector('#traces select'); s.selectedIndex = 1;"
         "s.dispatchEvent(new Event('change'))"
     )
 
@@ -172,47 +91,6 @@ def test_empty_run_renders(browser, tmp_path):
     assert browser.console() == []
 
 
-def test_scrubbing_fills_the_boards(page):
-    seen = []
-    for step in range(5):
-        move(page, step)
-        seen.append(page.run(FILLED))
-    assert seen == [0, 2, 6, 10, 16]  # two boards of eight cells: 1, 2, 2 and 3 a step
-    move(page, 1)
-    status = page.run("return document.querySelector('.status').textContent")
-    assert status == "1 of 8 filled · 1 right, 0 wrong"
-    move(page, 4)
-    marks = "return [...document.querySelectorAll('.board .mark')].map(m => m.textContent).join('')"
-    assert page.run(marks) == "✓✗" * 8
-
-
-def test_arrow_keys_and_play(page):
-    press = (
-        "document.querySelector('.panels').dispatchEvent(new KeyboardEvent('keydown', {key: '%s'}))"
-    )
-    page.run(press % "Home")
-    assert page.run(FILLED) == 0
-    page.run(press % "ArrowRight")
-    assert page.run(FILLED) == 2
-    page.run(press % "ArrowLeft")
-    page.run("document.querySelector('#play').click()")
-    page.wait("return document.querySelector('#scrub').value === '4'")
-    page.wait("return document.querySelector('#play').textContent === 'Play'")
-    assert page.run(FILLED) == 16
-
-
-def test_tooltip_tells_step_probability_and_entropy(page):
-    hover = "dispatchEvent(new PointerEvent('pointermove', {bubbles: true}))"
-    page.run(f"document.querySelectorAll('.board .cell')[3].{hover}")
-    tip = page.run("return document.querySelector('.tip').innerText")
-    assert tip.split("\n") == [
-        "row 1, column 4: 4 wrong",
-        "filled at step 2 of 4",
-        "probability 0.5",
-        "entropy 0.25 nats",
-    ]
-
-
 def test_chart_cursor_reads_exact_values(page):
     page.wait("return document.querySelectorAll('.plot path').length >= 3")
     reading = page.run(
@@ -226,25 +104,12 @@ def test_chart_cursor_reads_exact_values(page):
     assert reading == ["step 39", "0.39", 1]
 
 
-def test_theme_follows_the_system_and_toggles(page):
-    colour = "return getComputedStyle(document.body).backgroundColor"
-    page.emulate("setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
-    dark = page.run(colour)
-    page.emulate("setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "light"}])
-    light = page.run(colour)
-    assert dark != light
-    page.run("document.querySelector('#theme').click()")
-    assert page.run(colour) == dark
-    page.run("document.querySelector('#theme').click()")
-    assert page.run(colour) == light
-
-
 def test_hostile_text_is_shown_and_inert(page):
     choose_text(page)
     move(page, 4)
     page.run("document.querySelectorAll('details').forEach(d => { d.open = true })")
-    assert HOSTILE in page.run("return document.querySelector('.board').innerText")
-    assert HOSTILE in page.run("return document.querySelector('.facts').innerText")
+    assert "</script><!--<script>" in page.run("return document.querySelector('.board').innerText")
+    assert page.run("return document.querySelector('.facts').innerText.includes('onerror=')")
     assert page.run("return [document.images.length, typeof window.hacked]") == [0, "undefined"]
     assert page.console() == []
 

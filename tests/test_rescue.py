@@ -16,8 +16,6 @@ from dmrl.rescue import Rescue, Traces, encode_traces
 from dmrl.tasks import countdown
 from dmrl.types import HINT, Models
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 MASK = -7
 
 

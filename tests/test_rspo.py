@@ -10,8 +10,6 @@ import tiny
 from dmrl.algorithms import rspo
 from dmrl.diffusion import score
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture
 def moved():

@@ -11,8 +11,6 @@ import tiny
 
 from dmrl.diffusion import score
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @functools.partial(jax.jit, static_argnames=("masks", "law", "unit", "eos"))
 def draw(rollout, masks, law, unit="token", eos=tiny.NO_EOS):

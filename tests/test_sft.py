@@ -14,8 +14,6 @@ from dmrl.algorithms import sft
 from dmrl.diffusion.likelihood import state_log_prob
 from dmrl.types import TEMPLATE, Models
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LENGTH = 3
 
 

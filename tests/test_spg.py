@@ -17,8 +17,6 @@ from dmrl.diffusion.masking import mask_prompt, upto_eos
 from dmrl.programs import Programs, make_term
 from dmrl.types import TEMPLATE, Denoiser, Models, Probe
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LENGTH, BLOCK, EOS = 6, 2, 2
 
 

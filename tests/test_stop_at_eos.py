@@ -16,8 +16,6 @@ from dmrl.diffusion.sampler import Sampling
 from dmrl.programs import Programs, make_term
 from dmrl.types import Models
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 EOS = 2
 LENGTH, STEPS = 6, 6
 CONFIG = Sampling(length=LENGTH, steps=STEPS, block_length=2, temperature=1.0)

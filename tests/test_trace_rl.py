@@ -15,8 +15,6 @@ from dmrl.diffusion.likelihood import state_log_prob
 from dmrl.diffusion.sampler import Sampling
 from dmrl.types import TEMPLATE, Models
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LENGTH, EOS = 5, 2
 KEY = jax.random.key(0)
 PAIRS = trace_rl.Hyper(shrink=2, states=2)

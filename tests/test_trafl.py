@@ -15,8 +15,6 @@ from dmrl.algorithms import trafl
 from dmrl.diffusion import score
 from dmrl.types import TEMPLATE, Models
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 BETA, SHORT = 1.5, 2
 FORMS = ("learned", "vargrad")
 

@@ -16,7 +16,7 @@ from dmrl.checkpoint import Checkpoints
 from dmrl.held import Held
 from dmrl.models import weights
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 def run(workdir, options, **overrides):
@@ -33,7 +33,7 @@ DONE = {
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, quick_compile, compile_once):
+def done(tmp_path_factory, compile_once):
     """A finished run, what it returned, and its second stage."""
     workdir = tmp_path_factory.mktemp("done")
     for name in trainer.FILES:  # as left by a run that was killed before its first checkpoint
@@ -92,7 +92,7 @@ def test_the_final_evaluation_is_returned_and_compared_with_the_first(done):
 
 
 def test_trajectories_before_and_after_for_every_setting(done):
-    found = rows(done[0] / "trajectories.jsonl")
+    found = [r for r in rows(done[0] / "trajectories.jsonl") if r["split"] != "train"]
     order = [(r["when"], r["setting"], r["id"]) for r in found]
     assert order == [
         (when, setting, i)
@@ -103,12 +103,34 @@ def test_trajectories_before_and_after_for_every_setting(done):
     for row in found:
         given = [c != "_" for c in row["template"]]
         assert [step == -1 for step in row["reveal_step"]] == given
-        assert [flag is None for flag in row["correct"]] == given
+        assert row["violation"] is None or row["metrics"]["solved"] == 0.0
         assert max(row["reveal_step"]) < row["steps"] == int(row["setting"].split("_")[1])
         assert all(p <= 0 for p in row["log_prob"])
-        share = np.mean([flag for flag in row["correct"] if flag is not None])
+        pairs = zip(row["tokens"], row["answer"], given, strict=True)
+        share = np.mean([token == wanted for token, wanted, fixed in pairs if not fixed])
         if "" not in row["tokens"]:
             assert row["metrics"]["cells"] == pytest.approx(share)
+
+
+def test_training_rollouts_are_traced_with_their_branches(done):
+    found = [r for r in rows(done[0] / "trajectories.jsonl") if r["split"] == "train"]
+    assert [(r["id"], r["when"]) for r in found] == [
+        ("step 2", "completion 1"),
+        ("step 2", "completion 2"),
+    ]
+    written = rows(done[0] / "completions.jsonl")
+    for row, completion in zip(found, written, strict=False):
+        assert row["template"] == completion["template"]
+        assert row["reward"] == completion["reward"]
+        assert len(row["branches"]) == 1  # DiSPO: one state a rollout
+        for branch in row["branches"]:
+            steps = zip(row["reveal_step"], row["tokens"], strict=True)
+            state = [text if step < branch["step"] else None for step, text in steps]
+            assert branch["state"] == state
+            assert {len(fill) for fill in branch["fills"]} == {state.count(None)}
+            assert len(branch["reward"]) == len(branch["fills"]) >= 2
+            assert np.mean(branch["advantage"]) == pytest.approx(0, abs=1e-3)
+    assert len({r["branches"][0]["step"] for r in found}) == 1  # shared by the group
 
 
 def test_completions_are_written_every_so_often(done):

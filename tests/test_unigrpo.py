@@ -13,8 +13,6 @@ from dmrl.algorithms import unigrpo
 from dmrl.diffusion.likelihood import state_log_prob
 from dmrl.types import TEMPLATE, Inner, Models
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LENGTH, EOS, MU = 4, 2, 5
 KEY = jax.random.key(0)
 

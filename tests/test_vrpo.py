@@ -12,8 +12,6 @@ import tiny
 from dmrl.algorithms import vrpo
 from dmrl.diffusion import score
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 REWARD = [0.2, 0.9, 0.4, 0.0] + [0.5] * 4 + [1.0, 0.0, 0.0, 1.0] + [0.0, 0.0, 0.0, 1.0]
 """Four groups of four: all different, a tie, two bests and two worsts, one best."""
 CHOSEN, REJECTED, DECIDED = [1, 4, 8, 15], [3, 4, 9, 12], [True, False, True, True]

@@ -16,8 +16,6 @@ from dmrl.diffusion import exact
 from dmrl.diffusion.likelihood import state_log_prob
 from dmrl.types import TEMPLATE, Models
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LENGTH, EOS = 4, 2
 HYPER = wd1.Hyper()
 

@@ -105,7 +105,6 @@ def test_mistakes_in_a_task_of_ones_own_are_told():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 def test_the_example_trains_is_evaluated_and_completes_prompts(workdir, tmp_path):
     lines = rows(workdir / "metrics.jsonl")
     assert len([r for r in lines if r["stage"] == "rl" and "grad_norm" in r]) == 2
@@ -129,11 +128,38 @@ def test_the_example_trains_is_evaluated_and_completes_prompts(workdir, tmp_path
     ]
     launch("generate.py", f"--checkpoint={workdir}/weights", *more, "--batch=2")
     sampled = rows(tmp_path / "out.jsonl")
+    page = tmp_path / "page.html"
+    launch(
+        "generate.py",
+        f"--checkpoint={workdir}",
+        f"--compare={workdir}/weights",
+        f"--trace={page}",
+        *more,
+    )
+    shown = embedded(page)
+    prompts = [str(i + 1) for i in range(3)]
+    assert [t["id"] for t in shown] == [f"{p} sample {s}" for p in prompts for s in (1, 2)] * 2
+    assert [t["when"] for t in shown] == [str(workdir)] * 6 + [f"{workdir}/weights"] * 6
+    told = [["".join(t["tokens"][: t["length"]]), t["reveal_step"]] for t in shown]
+    assert told[:6] == told[6:]  # one policy under two names, one seed
+    assert [text for text, _ in told[:6]] == [r["completion"] for r in rows(tmp_path / "out.jsonl")]
     assert [r["sample"] for r in sampled] == [0, 1] * 3
     assert len({r["completion"] for r in sampled}) > 1
 
 
+def embedded(page):
+    text = page.read_text(encoding="utf-8").partition('id="data">')[2].partition("</script>")[0]
+    return json.loads(text)["traces"]
+
+
 def test_generate_says_what_is_wrong(tmp_path):
+    here = f"--checkpoint={tmp_path}"
+    said = launch("generate.py", here, f"--compare={tmp_path}/a", "--prompt=a", code=1)
+    assert "give --trace=FILE.html too" in said
+    said = launch("generate.py", here, f"--compare={tmp_path}", "--trace=t", "--prompt=a", code=1)
+    assert f"--compare={tmp_path} is the policy of --checkpoint itself" in said
+    said = launch("generate.py", here, f"--trace={tmp_path}/no/t.html", "--prompt=a", code=1)
+    assert f"there is no folder {tmp_path}/no" in said
     said = launch("generate.py", f"--checkpoint={tmp_path}", given="", code=1)
     assert "no prompt: give --prompt=TEXT" in said
     said = launch("generate.py", f"--checkpoint={tmp_path}", given='{"x": 1}\n', code=1)

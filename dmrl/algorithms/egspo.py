@@ -22,9 +22,9 @@ from jaxtyping import Array, Bool, Float
 
 from dmrl.algorithms import advantage, surrogate
 from dmrl.diffusion import divergence
+from dmrl.diffusion.guidance import tempered
 from dmrl.diffusion.likelihood import completion_hidden
 from dmrl.diffusion.probe import evenly_spaced, step_entropy
-from dmrl.diffusion.sampler import tempered
 from dmrl.types import Inner, Metrics, Models, PRNGKey, Probe, ProbePlan, Rollout
 
 CHOICES = {

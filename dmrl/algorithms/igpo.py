@@ -23,8 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dmrl.algorithms import advantage, surrogate
 from dmrl.diffusion.likelihood import completion_hidden, over_positions
 from dmrl.diffusion.masking import upto_eos
-from dmrl.diffusion.order import select_top
-from dmrl.diffusion.sampler import entropy_of
+from dmrl.diffusion.order import entropy_of, select_top
 from dmrl.types import HINT, TEMPLATE, Denoiser, Inner, Metrics, Models, PRNGKey, Probe, Rollout
 
 BLIND_AFTER_EOS = True

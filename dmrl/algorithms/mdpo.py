@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dmrl.algorithms import advantage, surrogate
+from dmrl.diffusion.guidance import tempered
 from dmrl.diffusion.likelihood import state_log_prob
-from dmrl.diffusion.sampler import tempered
 from dmrl.types import Inner, Metrics, Models, PRNGKey, Probe, ProbePlan, Rollout
 
 

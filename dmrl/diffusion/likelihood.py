@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -174,16 +175,24 @@ POSITIONS = 32
 
 
 def over_positions(
-    f: Callable[[Int[Array, ""], Float[Array, "n w d"]], Array], hidden: Float[Array, "n l d"]
-) -> Array:
-    """Maps `f(chunk number, hidden chunk) -> [N, ..., W]` over the length and joins the results.
+    f: Callable[[Int[Array, ""], Float[Array, "n w d"]], Any],
+    hidden: Float[Array, "n l d"],
+    axis: int = -1,
+) -> Any:
+    """Maps `f(chunk number, hidden chunk)` over the length and joins the results along `axis`.
 
     For what needs whole vocabulary rows (sampling, entropy): memory is that of POSITIONS rows,
-    and the batch axis stays whole, hence sharded.
+    and the batch axis stays whole, hence sharded. `f` returns an array, or a tree of arrays, with
+    the N rows first and the W positions of its chunk at `axis`.
     """
     length = hidden.shape[1]
     width = next(w for w in range(min(POSITIONS, length), 0, -1) if length % w == 0)
     chunks = jnp.moveaxis(hidden.reshape(hidden.shape[0], -1, width, hidden.shape[2]), 1, 0)
     mapped = jax.lax.map(lambda args: f(*args), (jnp.arange(chunks.shape[0]), chunks))
-    joined = jnp.moveaxis(mapped, 0, -2)
-    return joined.reshape(*joined.shape[:-2], length)
+
+    def join(x: jax.Array) -> jax.Array:
+        at = axis % (x.ndim - 1)
+        x = jnp.moveaxis(x, 0, at)
+        return x.reshape(*x.shape[:at], length, *x.shape[at + 2 :])
+
+    return jax.tree.map(join, mapped)

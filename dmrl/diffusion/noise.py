@@ -13,8 +13,8 @@ def row_keys(key: PRNGKey, row: Int[Array, " b"]) -> RowKeys:
 
 
 def fold_in(keys: RowKeys, value: int | jax.Array) -> RowKeys:
-    """Folds one value into a vector of keys."""
-    return jax.vmap(lambda k: jax.random.fold_in(k, value))(keys)
+    """Folds one value, or one value a row, into a vector of keys."""
+    return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(value, keys.shape))
 
 
 def perturb(

@@ -1,6 +1,11 @@
-"""Which positions the sampler reveals next."""
+"""Which positions the sampler reveals next.
 
-from collections.abc import Callable
+An order gives every position of the block a score; the best-scored masks are revealed. Scores
+are compared within a row only.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,42 +13,194 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dmrl.types import RowKeys
 
+Score = Float[Array, "b l"]
 
-def low_confidence(
-    log_p: Float[Array, "b l v"], token_log_p: Float[Array, "b l"], keys: RowKeys
-) -> Float[Array, "b l"]:
-    """Score of a position: log-probability of its proposed token at temperature 1.
 
-    LLaDA's `low_confidence` remasking: the least confident proposals stay masked.
+class Look(NamedTuple):
+    """What an order sees of one step: the open positions."""
+
+    measured: Any
+    """What `Order.measure` found, with leading axes [B,L]."""
+    proposal: Int[Array, "b l"]
+    """The token that would be revealed."""
+    masked: Bool[Array, "b l"]
+    """The candidates."""
+    progress: Float[Array, ""] | Float[Array, " b"]
+    """From 0 at a block's first step to 1 at its last."""
+    keys: RowKeys
+    eos_id: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LowConfidence:
+    """Log-probability of the proposed token.
+
+    LLaDA's `low_confidence` remasking (arXiv 2502.09992): the least confident stay masked.
     """
-    del log_p, keys
-    return token_log_p
+
+    def measure(self, log_p: Float[Array, "*b v"], chosen: Float[Array, "*b"]) -> Any:
+        """What is read of whole vocabulary rows, which exist for a few positions at a time.
+
+        `log_p` at temperature 1, -inf outside the nucleus where there is one; `chosen` its
+        entries of the proposed tokens.
+        """
+        del log_p
+        return chosen
+
+    def score(self, look: Look) -> Score:
+        """The larger, the earlier."""
+        return look.measured
 
 
-def random(
-    log_p: Float[Array, "b l v"], token_log_p: Float[Array, "b l"], keys: RowKeys
-) -> Float[Array, "b l"]:
-    """Score of a position: uniform noise, keyed by row."""
-    del log_p
-    return jax.vmap(lambda key: jax.random.uniform(key, token_log_p.shape[1:]))(keys)
+@dataclasses.dataclass(frozen=True)
+class Random(LowConfidence):
+    """Uniform noise: every order alike."""
+
+    def score(self, look: Look) -> Score:
+        """Noise keyed by row."""
+        return _uniform(look)
 
 
-ORDERS: dict[str, Callable[..., Float[Array, "b l"]]] = {
-    "low_confidence": low_confidence,
-    "random": random,
+@dataclasses.dataclass(frozen=True)
+class Margin(LowConfidence):
+    """Probability of the best token less that of the second."""
+
+    def measure(self, log_p: Float[Array, "*b v"], chosen: Float[Array, "*b"]) -> Any:
+        """The margin."""
+        del chosen
+        best = jnp.argmax(log_p, axis=-1, keepdims=True)
+        others = jnp.put_along_axis(log_p, best, -jnp.inf, axis=-1, inplace=False)
+        return jnp.exp(jnp.max(log_p, axis=-1)) - jnp.exp(jnp.max(others, axis=-1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Entropy(LowConfidence):
+    """Minus the entropy: the surest distribution first."""
+
+    def measure(self, log_p: Float[Array, "*b v"], chosen: Float[Array, "*b"]) -> Any:
+        """Minus the entropy in nats."""
+        del chosen
+        return -entropy_of(log_p)
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftmaxConfidence(LowConfidence):
+    """Drawn with g(i) proportional to exp(c_i / tau), c_i the best token's probability.
+
+    UPO's stochastic reference; several at a step are drawn without replacement. With `over` =
+    vocabulary exp(p / tau) is summed over all tokens, as the authors' code does: flatter, the
+    larger the vocabulary.
+    """
+
+    tau: float = 0.05
+    over: str = "top"
+
+    def __post_init__(self) -> None:
+        if self.tau <= 0 or self.over not in ("top", "vocabulary"):
+            raise ValueError(f"tau={self.tau} must be > 0, over={self.over!r} top or vocabulary")
+
+    def measure(self, log_p: Float[Array, "*b v"], chosen: Float[Array, "*b"]) -> Any:
+        """log g without its normaliser."""
+        del chosen
+        if self.over == "top":
+            return jnp.exp(jnp.max(log_p, axis=-1)) / self.tau
+        return jax.nn.logsumexp(jnp.exp(log_p) / self.tau, axis=-1)
+
+    def score(self, look: Look) -> Score:
+        """Gumbel noise added: the largest is a draw, the next ones draws from the rest."""
+        shape = look.masked.shape[1:]
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, shape))(look.keys)
+        return look.measured + noise
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK(LowConfidence):
+    """Uniformly random among the K candidates with the most confident best token (UPO).
+
+    Where a step reveals more than K, the rest go by confidence.
+    """
+
+    k: int = 5
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k={self.k} must be at least 1")
+
+    def measure(self, log_p: Float[Array, "*b v"], chosen: Float[Array, "*b"]) -> Any:
+        """Log-probability of the best token."""
+        del chosen
+        return jnp.max(log_p, axis=-1)
+
+    def score(self, look: Look) -> Score:
+        """Noise above 1 inside; a log-probability, at most 0, outside."""
+        inside = select_top(look.measured, look.masked, jnp.full(look.masked.shape[:1], self.k))
+        return jnp.where(inside, 1 + _uniform(look), look.measured)
+
+
+@dataclasses.dataclass(frozen=True)
+class Eoser(LowConfidence):
+    """Confidence, that of an EOS times a factor that rises linearly from `start` to `end`.
+
+    EOSER (arXiv 2509.23924): early steps do not end the answer. The authors' code divides the
+    step within a block by the steps of all blocks, so that with B blocks of S steps `end` is
+    start + (end - start) (S - 1) / (B S - 1) there.
+    """
+
+    start: float = 0.4
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.start <= 1 and 0 < self.end <= 1):
+            raise ValueError(f"start={self.start} and end={self.end} must be in (0, 1]")
+
+    def score(self, look: Look) -> Score:
+        """Log of the weighted confidence."""
+        factor = jnp.log(self.start + (self.end - self.start) * look.progress)
+        factor = jnp.broadcast_to(factor, look.masked.shape[:1])[:, None]
+        return look.measured + jnp.where(look.proposal == look.eos_id, factor, 0.0)
+
+
+ORDERS: dict[str, Any] = {
+    "low_confidence": LowConfidence,
+    "random": Random,
+    "margin": Margin,
+    "entropy": Entropy,
+    "softmax_confidence": SoftmaxConfidence,
+    "top_k": TopK,
+    "eoser": Eoser,
 }
+STOCHASTIC = (Random, SoftmaxConfidence, TopK)
+"""Orders whose score is a draw and says nothing of how sure a position is."""
 
 
 def select_top(
-    score: Float[Array, "b l"], candidates: Bool[Array, "b l"], count: Int[Array, " b"]
+    score: Score, candidates: Bool[Array, "b l"], count: Int[Array, " b"]
 ) -> Bool[Array, "b l"]:
     """The `count` best-scored candidates of each row (all of them if there are fewer).
 
-    Ties go to the leftmost. Ranks by counting pairs: `count` may be traced, and no sort runs.
+    Ties go to the leftmost.
+    """
+    return candidates & (rank(score, candidates) < count[:, None])
+
+
+def rank(score: Score, candidates: Bool[Array, "b l"]) -> Int[Array, "b l"]:
+    """How many positions of the row come before one: better candidates, or equal ones left of it.
+
+    Counts pairs: no sort runs.
     """
     score = jnp.where(candidates, score, -jnp.inf)
     index = jnp.arange(score.shape[1])
     ahead = score[:, None, :] > score[:, :, None]
     tied = score[:, None, :] == score[:, :, None]
     ahead |= tied & (index[None, None, :] < index[None, :, None])
-    return candidates & (jnp.sum(ahead, axis=-1) < count[:, None])
+    return jnp.sum(ahead, axis=-1)
+
+
+def entropy_of(log_p: jax.Array) -> jax.Array:
+    """Entropy in nats over the last axis; impossible tokens (-inf) add nothing."""
+    return -jnp.sum(jnp.where(log_p == -jnp.inf, 0.0, jnp.exp(log_p) * log_p), axis=-1)
+
+
+def _uniform(look: Look) -> Score:
+    shape = look.masked.shape[1:]
+    return jax.vmap(lambda key: jax.random.uniform(key, shape))(look.keys)

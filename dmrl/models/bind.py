@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dmrl.models import heads, llada, logprob
-from dmrl.types import Denoiser
+from dmrl.types import Cached, Denoiser
 
 
 def bind(cfg: llada.Config, variables: Mapping[str, Any], keep_mask: bool = False) -> Denoiser:
@@ -27,7 +27,22 @@ def bind(cfg: llada.Config, variables: Mapping[str, Any], keep_mask: bool = Fals
     def window(
         tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], start: Int[Array, ""], width: int
     ) -> Float[Array, "b w d"]:
-        return jnp.asarray(module.apply(network, tokens, valid, (start, width)))
+        return jnp.asarray(module.apply(network, tokens, valid, (start, width), method="window"))
+
+    def prefill(
+        tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], start: Int[Array, ""], width: int
+    ) -> Any:
+        return module.apply(network, tokens, valid, (start, width), method="prefill")
+
+    def extend(
+        tokens: Int[Array, "b s"],
+        valid: Bool[Array, "b s"],
+        store: Any,
+        start: Int[Array, ""] | int,
+        width: int,
+    ) -> Float[Array, "b w d"]:
+        window = (jnp.asarray(start, jnp.int32), width)
+        return jnp.asarray(module.apply(network, tokens, valid, store, window, method="extend"))
 
     def logits(hidden: Float[Array, "*lead d"]) -> Float[Array, "*lead v"]:
         return logprob.logits(hidden, head, dropped)
@@ -38,5 +53,6 @@ def bind(cfg: llada.Config, variables: Mapping[str, Any], keep_mask: bool = Fals
         return logprob.log_prob(hidden, head, labels, dropped)
 
     ids = (cfg.mask_token_id, cfg.eos_token_id)
-    denoiser = Denoiser(encode, logits, log_prob, *ids, window=window)
+    cached = Cached(prefill, extend)
+    denoiser = Denoiser(encode, logits, log_prob, *ids, window=window, cached=cached)
     return denoiser._replace(heads=heads.bind(variables.get("heads", {}), denoiser))

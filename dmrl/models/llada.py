@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
@@ -167,7 +167,11 @@ Window = tuple[Int[Array, ""], int]
 """(start, width): the positions start .. start + width of a sequence; width is static."""
 
 
-def cut(x: Float[Array, "b s *rest"], window: Window | None) -> Float[Array, "b w *rest"]:
+KeyValue = tuple[Float[Array, "*l b s kv half2"], Float[Array, "*l b s kv half2"]]
+"""Keys (turned by their positions) and values of a layer, or of all L stacked."""
+
+
+def cut(x: Shaped[Array, "b s *rest"], window: Window | None) -> Shaped[Array, "b w *rest"]:
     """The positions of the window; all without one."""
     return x if window is None else jax.lax.dynamic_slice_in_dim(x, *window, axis=1)
 
@@ -175,7 +179,8 @@ def cut(x: Float[Array, "b s *rest"], window: Window | None) -> Float[Array, "b 
 class Attention(nn.Module):
     """Full bidirectional attention with optional grouped key/value heads.
 
-    Every position is a key; with a window its positions alone are queries.
+    Every position is a key; with a window its positions alone are queries. With a `store` `x` is
+    those of the window only, and keys and values of all others come from the store.
     """
 
     cfg: Config
@@ -187,9 +192,11 @@ class Attention(nn.Module):
         valid: Bool[Array, "b s"],
         rotation: Rotation,
         window: Window | None = None,
-    ) -> Float[Array, "m d"]:
+        store: KeyValue | None = None,
+    ) -> tuple[Float[Array, "m d"], KeyValue]:
         cfg, (batch, seq) = self.cfg, valid.shape
-        asking = cut(x.reshape(batch, seq, -1), window)
+        asking = x.reshape(batch, -1, cfg.d_model)
+        asking = asking if store else cut(asking, window)
         width = asking.shape[1]
 
         def heads(x: jax.Array, name: str, n: int) -> jax.Array:
@@ -199,13 +206,20 @@ class Attention(nn.Module):
         q = heads(asking.reshape(batch * width, -1), "q_proj", cfg.n_heads)
         k, v = (heads(x, name, cfg.n_kv_heads) for name in ("k_proj", "v_proj"))
         cos, sin = rotation
-        q, k = rope(q, (cut(cos, window), cut(sin, window))), rope(k, rotation)
+        here = (cut(cos, window), cut(sin, window))
+        q, k = rope(q, here), rope(k, here if store else rotation)
         q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
+        if store:
+            assert window is not None
+            k, v = (
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), window[0], axis=1)
+                for old, new in zip(store, (k, v), strict=True)
+            )
         mask = jnp.broadcast_to(valid[:, None, None, :], (batch, 1, width, seq))
         with jax.default_matmul_precision(_PRECISION_NAME[cfg.dtype]):
             y = jax.nn.dot_product_attention(q, k, v, mask=mask)
         out = Linear(cfg, cfg.d_model, init_scale=0.5 / cfg.n_layers, name="attn_out")
-        return out(y.reshape(batch * width, cfg.d_model))
+        return out(y.reshape(batch * width, cfg.d_model)), (k, v)
 
 
 _PRECISION_NAME = {"float32": "highest", "bfloat16": "default", "float16": "default"}
@@ -215,10 +229,12 @@ class Block(nn.Module):
     """Pre-norm attention and SwiGLU, each added to the residual stream.
 
     With a window only its positions come out, and nothing but keys and values is computed of
-    the others.
+    the others; with a `store` only its positions go in, and not even that. `keep` gives keys and
+    values out beside.
     """
 
     cfg: Config
+    keep: bool = False
 
     @nn.compact
     def __call__(
@@ -227,18 +243,21 @@ class Block(nn.Module):
         valid: Bool[Array, "b s"],
         rotation: Rotation,
         window: Window | None = None,
-    ) -> tuple[Float[Array, "m d"], None]:
+        store: KeyValue | None = None,
+    ) -> tuple[Float[Array, "m d"], KeyValue | None]:
         cfg = self.cfg
         normed = RMSNorm(cfg, name="attn_norm")(x)
-        x = cut(x.reshape(*valid.shape, -1), window).reshape(-1, cfg.d_model)
-        x = x + Attention(cfg, name="attn")(normed, valid, rotation, window)
+        if not store:
+            x = cut(x.reshape(*valid.shape, -1), window).reshape(-1, cfg.d_model)
+        attended, kept = Attention(cfg, name="attn")(normed, valid, rotation, window, store)
+        x = x + attended
         h = RMSNorm(cfg, name="ff_norm")(x)
         gate = Linear(cfg, cfg.mlp_hidden_size, name="ff_proj")(h)
         up = Linear(cfg, cfg.mlp_hidden_size, name="up_proj")(h)
         gate, up = (checkpoint_name(y, "mlp") for y in (gate, up))
         down = Linear(cfg, cfg.d_model, init_scale=0.5 / cfg.n_layers, name="ff_out")
         x = x + down(jax.nn.silu(gate) * up)
-        return constrain(x, BATCH_AXES, None), None
+        return constrain(x, BATCH_AXES, None), kept if self.keep else None
 
 
 class LLaDA(nn.Module):
@@ -246,47 +265,19 @@ class LLaDA(nn.Module):
 
     Padding is masked as keys and positions count from the first valid token, so a row's
     result depends neither on its padding nor on the rest of the batch.
-
-    With a window the hidden states of its positions alone [B,W,D]: the last layer then computes
-    only keys and values elsewhere. Exact, and not for differentiation: no layer is recomputed.
     """
 
     cfg: Config
 
-    @nn.compact
-    def __call__(
-        self, tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], window: Window | None = None
-    ) -> Float[Array, "b w d"]:
-        cfg = self.cfg
-        if tokens.shape[1] > cfg.max_sequence_length:
-            raise ValueError(
-                f"sequence of {tokens.shape[1]} tokens exceeds {cfg.max_sequence_length=}"
-            )
-        param_dtype = jnp.dtype(cfg.param_dtype)
-        embedding = self.param(
-            "embedding",
-            nn.initializers.normal(cfg.d_model**-0.5),
-            (cfg.vocab_size, cfg.d_model),
-            param_dtype,
+    def setup(self) -> None:
+        cfg, param_dtype = self.cfg, jnp.dtype(self.cfg.param_dtype)
+        size, width = cfg.vocab_size, cfg.d_model
+        self.embedding = self.param(
+            "embedding", nn.initializers.normal(width**-0.5), (size, width), param_dtype
         )
-        self.param(
-            "head",
-            nn.initializers.variance_scaling(1.0, "fan_in", "normal"),
-            (cfg.d_model, cfg.vocab_size),
-            param_dtype,
-        )
-        positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
-        x = embedding[tokens.reshape(-1)].astype(cfg.dtype)
-        x = constrain(x, BATCH_AXES, None)
-        turns = rotation(positions, cfg.head_dim, cfg.rope_theta)
-        if window is None:
-            x = self._all_layers(x, valid, turns)
-        else:
-            x = self._layers_to_window(x, valid, turns, window)
-        return RMSNorm(cfg, name="ln_f")(x).reshape(tokens.shape[0], -1, cfg.d_model)
-
-    def _all_layers(self, x: jax.Array, valid: jax.Array, turns: Rotation) -> jax.Array:
-        cfg, block = self.cfg, Block
+        drawn = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+        self.head = self.param("head", drawn, (width, size), param_dtype)
+        block: Any = Block
         if cfg.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False)
         # One loop body compiles fast and keeps only carries; a model small enough to keep all its
@@ -299,27 +290,98 @@ class LLaDA(nn.Module):
             length=cfg.n_layers,
             unroll=1 if cfg.remat != "none" else cfg.n_layers,
         )
-        x, _ = layers(cfg, name="blocks")(x, valid, turns)
-        return x
+        self.blocks = layers(cfg)
+        self.ln_f = RMSNorm(cfg)
 
-    def _layers_to_window(
-        self, x: jax.Array, valid: jax.Array, turns: Rotation, window: Window
-    ) -> jax.Array:
-        """A loop over layer numbers: cutting the stacked weights in two would copy them."""
-        cfg = self.cfg
-        block = Block(cfg, parent=None)
+    def __call__(
+        self, tokens: Int[Array, "b s"], valid: Bool[Array, "b s"]
+    ) -> Float[Array, "b s d"]:
+        x, _ = self.blocks(self._embedded(tokens), valid, self._turns(valid))
+        return self._normed(x, tokens.shape[0])
+
+    def window(
+        self, tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], window: Window
+    ) -> Float[Array, "b w d"]:
+        """Hidden states of the window's positions alone.
+
+        The last layer computes only keys and values elsewhere. Exact, and not for
+        differentiation: no layer is recomputed.
+        """
+        return self._to_window(tokens, valid, window, keep=False)[0]
+
+    def prefill(
+        self, tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], window: Window
+    ) -> tuple[Float[Array, "b w d"], KeyValue]:
+        """`window`, and the keys and values of all layers [L,B,S,KV,D]."""
+        return self._to_window(tokens, valid, window, keep=True)
+
+    def extend(
+        self,
+        tokens: Int[Array, "b s"],
+        valid: Bool[Array, "b s"],
+        store: KeyValue,
+        window: Window,
+    ) -> Float[Array, "b w d"]:
+        """`window`, with the keys and values of all other positions from `store`."""
+        turns, apply = self._turns(valid), self._layer(keep=False)
+
+        def layer(x: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
+            own = jax.tree.map(lambda leaf: leaf[number], store)
+            return apply(x, number, valid, turns, window, own)[0], None
+
+        x, _ = jax.lax.scan(layer, self._embedded(cut(tokens, window)), self._numbers())
+        return self._normed(x, tokens.shape[0])
+
+    def _to_window(
+        self, tokens: jax.Array, valid: jax.Array, window: Window, keep: bool
+    ) -> tuple[jax.Array, Any]:
+        turns, apply = self._turns(valid), self._layer(keep)
+        before, unroll = self.cfg.n_layers - 1, 1
+        if self.cfg.remat == "none":
+            unroll = max(before, 1)
+        x, early = jax.lax.scan(
+            lambda x, number: apply(x, number, valid, turns),
+            self._embedded(tokens),
+            self._numbers()[:-1],
+            unroll=unroll,
+        )
+        x, last = apply(x, before, valid, turns, window)
+        stored = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), early, last)
+        return self._normed(x, tokens.shape[0]), stored
+
+    def _layer(self, keep: bool) -> Any:
+        """(x, layer number, ...) -> one layer.
+
+        By number, because cutting the stacked weights in two would copy them.
+        """
+        block = Block(self.cfg, keep, parent=None)
         stacked = {
             name: tree["blocks"] for name, tree in self.variables.items() if "blocks" in tree
         }
 
-        def apply(x: jax.Array, layer: int | jax.Array, window: Window | None = None) -> Any:
-            weights = jax.tree.map(lambda leaf: leaf[layer], stacked)
-            return block.apply(weights, x, valid, turns, window)
+        def apply(x: jax.Array, number: int | jax.Array, *args: Any) -> Any:
+            weights = jax.tree.map(lambda leaf: leaf[number], stacked)
+            return block.apply(weights, x, *args)
 
-        before = cfg.n_layers - 1
-        unroll = 1 if cfg.remat != "none" else max(before, 1)
-        x, _ = jax.lax.scan(apply, x, jnp.arange(before), unroll=unroll)
-        return apply(x, before, window)[0]
+        return apply
+
+    def _numbers(self) -> jax.Array:
+        return jnp.arange(self.cfg.n_layers)
+
+    def _embedded(self, tokens: Int[Array, "b s"]) -> jax.Array:
+        x = self.embedding[tokens.reshape(-1)].astype(self.cfg.dtype)
+        return constrain(x, BATCH_AXES, None)
+
+    def _turns(self, valid: Bool[Array, "b s"]) -> Rotation:
+        if valid.shape[1] > self.cfg.max_sequence_length:
+            raise ValueError(
+                f"sequence of {valid.shape[1]} tokens exceeds {self.cfg.max_sequence_length=}"
+            )
+        positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
+        return rotation(positions, self.cfg.head_dim, self.cfg.rope_theta)
+
+    def _normed(self, x: jax.Array, rows: int) -> jax.Array:
+        return self.ln_f(x).reshape(rows, -1, self.cfg.d_model)
 
 
 def init(cfg: Config, key: jax.Array) -> dict[str, Any]:

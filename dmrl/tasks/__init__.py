@@ -25,7 +25,10 @@ class Task(Protocol):
 
     @property
     def grid(self) -> list[list[int]] | None:
-        """If a completion is a board: which positions are its cells, row by row. Else None."""
+        """If a completion is a board: which positions are its cells, row by row. Else None.
+
+        A board may also have `units` (see `dmrl.trace.Ruled`): its cells that must differ.
+        """
 
     def examples(self, split: str) -> Sequence[Any]:
         """The examples of 'train', 'validation', 'test' or a further split of the task.

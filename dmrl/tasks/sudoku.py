@@ -169,6 +169,11 @@ class Task:
         cells = [i for i in range(self._cells + len(lines)) if i not in lines]
         return [cells[i : i + self.size] for i in range(0, self._cells, self.size)]
 
+    @property
+    def units(self) -> list[list[int]]:
+        """The rows, columns and boxes, in cells counted along `grid`: no digit twice in any."""
+        return boards.units(self._cells)
+
     def examples(self, split: str) -> Sequence[Example]:
         """The puzzles of a split, shuffled; the same on every call.
 

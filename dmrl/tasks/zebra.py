@@ -124,6 +124,12 @@ class Task:
         houses, rows = self.houses[0], self.attributes[0]
         return [[row * (houses + 1) + c for c in range(houses)] for row in range(rows)]
 
+    @property
+    def units(self) -> list[list[int]]:
+        """The rows of `grid`, in cells counted along it: no two houses share a value."""
+        houses = self.houses[0]
+        return [list(range(a * houses, (a + 1) * houses)) for a in range(self.attributes[0])]
+
     def examples(self, split: str) -> Sequence[Example]:
         """The puzzles of a split; the same on every call.
 

@@ -53,7 +53,7 @@ def decode(
     seconds: list[float] = []
     size = programs.group_size
     for index, real in data.in_order(len(prompts.examples), batch):
-        rows = tuple(x[index] for x in prompts[1:])
+        rows = prompts.rows(index)
         start = time.perf_counter()
         rollout, _ = programs.rollout(trainable, frozen, rows, int(index[0]) * size, key)
         rollout = parallel.gather(rollout)

@@ -64,6 +64,8 @@ class Held:
             r.max_prompt_length,
             r.sampling.length,
             r.model.mask_token_id,
+            buckets=r.prompt_buckets,
+            long_prompts=r.long_prompts,
         )
 
     def programs(self, sampling: Sampling) -> Programs:
@@ -87,7 +89,7 @@ class Held:
         """
         r, prompts = self.recipe, self.prompts[split]
         if size is not None:
-            prompts = data.Prompts(prompts.examples[:size], *(x[:size] for x in prompts[1:]))
+            prompts = prompts.first(size)
         values: dict[str, float] = {}
         rows: list[Mapping[str, Any]] = []
         read = trajectories.reader(r)

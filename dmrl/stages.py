@@ -96,9 +96,9 @@ class WarmStart:
         """One supervised update."""
         del number
         start = time.perf_counter()
-        train, targets = self.train, self.targets[index]
-        free = train.template[index] == self.recipe.model.mask_token_id
-        example = given(train.prompt[index], train.prompt_valid[index], targets, free, group_size=1)
+        prompt, valid, template = self.train.rows(index)
+        free = template == self.recipe.model.mask_token_id
+        example = given(prompt, valid, self.targets[index], free, group_size=1)
         example = parallel.put(example, parallel.batch_sharding(self.programs.mesh))
         state, metrics = self.programs.update(state, self.held.frozen, [example], [(None,)], key)
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
@@ -190,12 +190,12 @@ class Reinforce:
         behaviour = state.trainable if state.teacher is None else state.teacher
         chunks = np.split(index, loop.rollout_chunks)
         launched, first_row = [], 0
-        for chunk in chunks:
-            prompts = tuple(x[chunk] for x in self.train[1:])
+        inputs = (np.split(x, loop.rollout_chunks) for x in self.train.rows(index))
+        for prompts in zip(*inputs, strict=True):
             launched.append(
                 self.programs.rollout(behaviour, self.held.frozen, prompts, first_row, key)
             )
-            first_row += len(chunk) * size
+            first_row += len(prompts[0]) * size
         scored, waited, rewarding = [], 0.0, 0.0
         for chunk, (rollout, probes) in zip(chunks, launched, strict=True):
             clock = time.perf_counter()

@@ -135,24 +135,16 @@ def decoded(
     checkpoint: str, rows: list[dict[str, Any]], decoder: Any
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows with the completions of a policy, and their traces if there is to be a page."""
-    from dmrl import generation, parallel, policy, recipe, tokenizer, trace, trainer
+    from dmrl import decoding, generation, trace
 
-    config = policy.config(checkpoint)
-    made = recipe.build(config) if config else None
-    mesh = parallel.make_mesh(**(made.mesh if made else {}))
-    base: Any = BASE.value or (made.init_from if made else "")
-    if made and made.model.lora_rank and not base:
-        base = trainer.initial_weights(made, mesh)[1]
-    loaded = policy.load(checkpoint, base, mesh)
-    tok = tokenizer.load(TOKENIZER.value) if TOKENIZER.value else made and made.tokenizer
-    if tok is None:
-        raise ValueError("no tokenizer: give --tokenizer=DIR, a folder with tokenizer.json")
+    ready = decoding.opened(checkpoint, TOKENIZER.value or "", BASE.value or "")
     size = (SAMPLES.value, BATCH.value, SEED.value)
-    batches = list(generation.complete(loaded, mesh, tok, rows, decoder, *size))
+    batches = list(generation.complete(ready, rows, decoder, *size))
     lines = [line for found, _ in batches for line in found]
     if not TRACE.value:
         return lines, []
-    read = trace.Reader(tok, loaded.model.mask_token_id, loaded.model.eos_token_id)
+    model = ready.policy.model
+    read = trace.Reader(ready.tokenizer, model.mask_token_id, model.eos_token_id)
     return lines, generation.traces(batches, read, decoder, SAMPLES.value, checkpoint)
 
 

@@ -20,6 +20,7 @@ def sampling(
     steps: int | None,
     block: int | None,
     temperature: float,
+    order: str | None = None,
 ) -> Sampling:
     """How to decode: what is asked for, else as the run does, else 256 tokens in blocks of 32
     and half as many steps.
@@ -35,6 +36,7 @@ def sampling(
         steps=steps or own.steps,
         block_length=block or own.block_length,
         temperature=temperature,
+        order=order or (own if temperature else own.greedy).order,
     )
 
 

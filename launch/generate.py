@@ -4,6 +4,7 @@
     python launch/generate.py --checkpoint=CKPT_DIR --tokenizer=HF_DIR --length=256 < prompts.txt
     python launch/generate.py --checkpoint=runs/mine/weights --prompts=FILE.jsonl --samples=4 \\
         --temperature=0.9 --out=completions.jsonl
+    python launch/generate.py --checkpoint=runs/mine --order=learned --order_from=runs/upo
     python launch/generate.py --checkpoint=runs/mine --compare=runs/other --prompts=FILE.jsonl \\
         --trace=trace.html
 
@@ -36,6 +37,8 @@ PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, - for standard 
 LENGTH = flags.DEFINE_integer("length", None, "Tokens of a completion; default the run's, or 256")
 STEPS = flags.DEFINE_integer("steps", None, "Denoising steps; default the run's, or length/2")
 BLOCK = flags.DEFINE_integer("block", None, "Block length; default the run's, or 32")
+ORDER = flags.DEFINE_string("order", None, "Which positions next; default the run's")
+ORDER_FROM = flags.DEFINE_string("order_from", None, "Of --order=learned: the run that trained it")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 decodes greedily")
 SAMPLES = flags.DEFINE_integer("samples", 1, "Completions of each prompt", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch", 16, "Prompts at a time; changes no result", lower_bound=1)
@@ -119,7 +122,7 @@ def decoded(
     checkpoint: str, rows: list[dict[str, Any]], decoder: Any = None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Any]:
     """(rows with completions, their traces if asked for, how they were decoded) of a policy."""
-    from dmrl import generation, parallel, policy, recipe, tokenizer, trace, trainer
+    from dmrl import generation, orders, parallel, policy, recipe, tokenizer, trace, trainer
 
     config = policy.config(checkpoint)
     made = recipe.build(config) if config else None
@@ -134,8 +137,10 @@ def decoded(
     if decoder is None:
         own = made.sampling if made else None
         decoder = generation.sampling(
-            own, LENGTH.value, STEPS.value, BLOCK.value, TEMPERATURE.value
+            own, LENGTH.value, STEPS.value, BLOCK.value, TEMPERATURE.value, ORDER.value
         )
+    trained = list(filter(None, (ORDER_FROM.value, checkpoint)))
+    loaded = orders.beside(loaded, trained, [decoder], mesh)
     size = (SAMPLES.value, BATCH.value, SEED.value)
     batches = list(generation.complete(loaded, mesh, tok, rows, decoder, *size))
     lines = [line for found, _ in batches for line in found]

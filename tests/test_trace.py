@@ -12,7 +12,6 @@ from dmrl.diffusion.probe import fill, state_at
 from dmrl.diffusion.sampler import Sampling, sample
 from dmrl.types import HINT, TEMPLATE, Probe, ProbePlan
 
-
 STEPS, M = 3, tiny.MASK
 
 

@@ -87,7 +87,7 @@ def test_more_than_k_at_a_step_go_by_confidence():
     ("values", "message"),
     [
         ({"order": "learned:-1"}, "temperature=-1.0"),
-        ({"order": "learned", "cfg_scale": 1.0}, "reads the model unguided"),
+        ({"order": "learned", "cfg_scale": 1.0}, "reads no guidance"),
         ({"order": "learned", "cache": "dual"}, "does not go with order='learned'"),
     ],
 )

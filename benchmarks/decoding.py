@@ -162,10 +162,7 @@ def main(argv: list[str]) -> None:
     cfg = loaded.model
     tokens = (made.max_prompt_length, made.sampling.length, cfg.mask_token_id)
     prompts = data.tokenize(made.task, made.tokenizer, SPLIT.value, *tokens)
-    if SIZE.value:
-        prompts = data.Prompts(
-            prompts.examples[: SIZE.value], *(x[: SIZE.value] for x in prompts[1:])
-        )
+    prompts = prompts.first(SIZE.value or len(prompts.examples))
     greedy = dataclasses.replace(made.sampling, temperature=0.0)
     base = generation.with_options(greedy, splitted(BASE.value))
     lines: list[Line] = []

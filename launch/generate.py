@@ -4,7 +4,7 @@
     python launch/generate.py --checkpoint=CKPT_DIR --tokenizer=HF_DIR --length=256 < prompts.txt
     python launch/generate.py --checkpoint=runs/mine/weights --prompts=FILE.jsonl --samples=4 \\
         --temperature=0.9 --out=completions.jsonl
-    python launch/generate.py --checkpoint=runs/mine --order=learned --order_from=runs/upo
+    python launch/generate.py --checkpoint=runs/mine --decode=order=learned --order_from=runs/upo
     python launch/generate.py --checkpoint=runs/mine --compare=runs/other --prompts=FILE.jsonl \\
         --trace=trace.html
 

@@ -36,6 +36,27 @@ def sampling(
     )
 
 
+def with_options(decoder: Sampling, options: Sequence[str]) -> Sampling:
+    """`decoder` with further options, each a text `key=value`: `order=random`, `remask=rcr`.
+
+    Raises:
+      ValueError: no such option, a value of another kind, or options that exclude each other.
+    """
+    types = {
+        field.name: type(getattr(decoder, field.name)) for field in dataclasses.fields(decoder)
+    }
+    values = {}
+    for option in options:
+        name, _, text = option.partition("=")
+        if name not in types or not text:
+            raise ValueError(f"{option!r} is no KEY=VALUE with a key of {', '.join(types)}")
+        try:
+            values[name] = types[name](text)
+        except ValueError:
+            raise ValueError(f"{name}={text!r} is no {types[name].__name__}") from None
+    return dataclasses.replace(decoder, **values)
+
+
 def complete(
     ready: Ready,
     rows: Sequence[Mapping[str, Any]],

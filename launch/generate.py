@@ -11,8 +11,11 @@ Prompts come from --prompt, from a file, or from standard input: a line each, or
 with a field `prompt` (a text with line breaks) and perhaps `template` (the completion with _
 where the model fills). Length, steps and blocks are those of the run, if it is one.
 
---trace shows how each completion was decoded, step by step, on a page of its own (docs/viewer.md);
---compare decodes the same prompts in the same way with another policy, beside the first.
+--decode sets any other option of `dmrl.diffusion.sampling.Sampling`: --decode=remask=rcr.
+
+--trace shows how each completion was decoded, step by step, on a page of its own (docs/viewer.md).
+--compare puts another policy beside the first, --versus another way of decoding, for the same
+prompts: --decode=order=entropy --versus=order=random.
 """
 
 import json
@@ -41,8 +44,10 @@ SAMPLES = flags.DEFINE_integer("samples", 1, "Completions of each prompt", lower
 BATCH = flags.DEFINE_integer("batch", 16, "Prompts at a time; changes no result", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of sampled completions")
 OUT = flags.DEFINE_string("out", None, "JSONL file; default standard output")
+DECODE = flags.DEFINE_multi_string("decode", [], "KEY=VALUE of the sampler; may be repeated")
 TRACE = flags.DEFINE_string("trace", None, "HTML page that shows the decoding, step by step")
 COMPARE = flags.DEFINE_string("compare", None, "Another checkpoint, beside the first on the page")
+VERSUS = flags.DEFINE_multi_string("versus", [], "Like --decode, after it: beside the first")
 flags.mark_flag_as_required("checkpoint")
 
 
@@ -64,9 +69,15 @@ def main(argv: list[str]) -> None:
 
 def check_trace() -> None:
     """Raises ValueError before anything is loaded: the page comes last."""
-    if COMPARE.value and not TRACE.value:
-        raise ValueError("--compare shows its completions on a page: give --trace=FILE.html too")
-    if COMPARE.value and Path(COMPARE.value).resolve() == Path(CHECKPOINT.value).resolve():
+    if (COMPARE.value or VERSUS.value) and not TRACE.value:
+        raise ValueError(
+            "--compare and --versus show completions on a page: give --trace=FILE.html too"
+        )
+    if (
+        COMPARE.value
+        and not VERSUS.value
+        and Path(COMPARE.value).resolve() == Path(CHECKPOINT.value).resolve()
+    ):
         raise ValueError(f"--compare={COMPARE.value} is the policy of --checkpoint itself")
     if TRACE.value and not Path(TRACE.value).resolve().parent.is_dir():
         raise ValueError(f"--trace={TRACE.value}: there is no folder {Path(TRACE.value).parent}")
@@ -102,38 +113,39 @@ def prompts() -> list[dict[str, Any]]:
 
 def completed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with the completions of --checkpoint; the page of --trace is written."""
-    from dmrl import policy, viewer
+    from dmrl import generation, policy, recipe, viewer
 
     for place in filter(None, (CHECKPOINT.value, COMPARE.value)):
         policy.folder(place)  # both before the work of the first
     logging.getLogger("jax").setLevel(logging.WARNING)
-    lines, traces, decoder = decoded(CHECKPOINT.value, rows)
-    if COMPARE.value:
-        traces += decoded(COMPARE.value, rows, decoder)[1]
+    config = policy.config(CHECKPOINT.value)
+    own = recipe.build(config).sampling if config else None
+    size = (LENGTH.value, STEPS.value, BLOCK.value, TEMPERATURE.value)
+    decoder = generation.with_options(generation.sampling(own, *size), DECODE.value)
+    other = generation.with_options(decoder, VERSUS.value)
+    lines, traces = decoded(CHECKPOINT.value, rows, decoder)
+    if COMPARE.value or VERSUS.value:
+        traces += decoded(COMPARE.value or CHECKPOINT.value, rows, other)[1]
     if TRACE.value:
         viewer.write(Path(TRACE.value), Path(TRACE.value).stem, traces)
     return lines
 
 
 def decoded(
-    checkpoint: str, rows: list[dict[str, Any]], decoder: Any = None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Any]:
-    """(rows with completions, their traces if asked for, how they were decoded) of a policy."""
+    checkpoint: str, rows: list[dict[str, Any]], decoder: Any
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows with the completions of a policy, and their traces if there is to be a page."""
     from dmrl import decoding, generation, trace
 
     ready = decoding.opened(checkpoint, TOKENIZER.value or "", BASE.value or "")
-    if decoder is None:
-        decoder = generation.sampling(
-            ready.sampling, LENGTH.value, STEPS.value, BLOCK.value, TEMPERATURE.value
-        )
     size = (SAMPLES.value, BATCH.value, SEED.value)
     batches = list(generation.complete(ready, rows, decoder, *size))
     lines = [line for found, _ in batches for line in found]
     if not TRACE.value:
-        return lines, [], decoder
+        return lines, []
     model = ready.policy.model
     read = trace.Reader(ready.tokenizer, model.mask_token_id, model.eos_token_id)
-    return lines, generation.traces(batches, read, decoder, SAMPLES.value, checkpoint), decoder
+    return lines, generation.traces(batches, read, decoder, SAMPLES.value, checkpoint)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def small():
     made.model.update({"d_model": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2})
     made.model.mlp_hidden_size = 24
     made.sampling.steps = made.terms.upo.steps = 4
-    made.warm_start.steps = 1
+    made.warm_start.update({"steps": 1, "batch": 8})
     made.imitation.update({"steps": 3, "batch": 4, "evaluate_every": 2})
     made.evaluation.update({"steps": (4,), "orders": ("random",), "size": 8, "batch": 8})
     made.evaluation.trajectories = 1

@@ -49,6 +49,7 @@ def base(
     loop: ConfigDict,
     warm_start: ConfigDict,
     evaluation: ConfigDict,
+    imitation: ConfigDict | None = None,
     rescue: ConfigDict | None = None,
 ) -> ConfigDict:
     """A whole recipe; a later key overrides nothing, every option stands once."""
@@ -65,6 +66,7 @@ def base(
             "optimizer": optimizer,
             **loop,
             "warm_start": warm_start,
+            "imitation": imitation or make_imitation(),
             "evaluation": evaluation,
             "rescue": rescue or section(Rescue),
             "preferences": "",
@@ -89,6 +91,13 @@ def make_model(init_from: str = "", **values: Any) -> ConfigDict:
 def make_warm_start(optimizer: ConfigDict | None = None, **values: Any) -> ConfigDict:
     """Stage 1 with its own optimiser."""
     made = section(recipe.WarmStart, **values)
+    made.optimizer = optimizer or section(optim.Optimizer)
+    return made
+
+
+def make_imitation(optimizer: ConfigDict | None = None, **values: Any) -> ConfigDict:
+    """The warm start of an order with its own optimiser."""
+    made = section(recipe.Imitation, **values)
     made.optimizer = optimizer or section(optim.Optimizer)
     return made
 
@@ -229,6 +238,7 @@ __all__ = [
     "Sampling",
     "base",
     "llada_8b",
+    "make_imitation",
     "make_model",
     "make_task",
     "make_warm_start",

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dmrl import models, parallel, stages
-from dmrl.programs import Programs, frozen_copy, needs
+from dmrl import models, orders, parallel, stages
+from dmrl.programs import Programs, frozen_copy, needs, part_of
 from dmrl.recipe import Recipe
 
 
@@ -42,8 +42,8 @@ def programs(recipe: Recipe, mesh: Mesh) -> Iterator[Traced]:
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=parallel.replicated(mesh))
     behaviour = state.trainable if state.teacher is None else state.teacher
     rollout = made.trace_rollout(behaviour, frozen, _prompts(recipe, mesh), key)
-    mine = () if recipe.model.lora_rank else frozen
-    arguments = (behaviour, frozen if recipe.model.lora_rank else None)
+    used = part_of(behaviour, frozen)
+    mine, arguments = (frozen if used is None else ()), (behaviour, used)
     yield Traced("rollout", rollout, arguments, (_others(state), mine))
     done, probes = _scored(made, rollout.out_info)
     chunks = recipe.loop.rollout_chunks
@@ -75,6 +75,9 @@ def _weights(recipe: Recipe, mesh: Mesh) -> tuple[Any, Any]:
         trainable, frozen = {"lora": variables["lora"]}, variables["params"]
     elif "reference" in needs(recipe.terms):
         frozen = jax.eval_shape(lambda p: frozen_copy(recipe.model, p), variables["params"])
+    elif orders.is_trained(recipe):
+        frozen = variables["params"]
+        trainable = jax.eval_shape(lambda: orders.fresh(recipe))
     trainable = jax.eval_shape(lambda t: stages.with_heads(recipe, t), trainable)
     return laid_out(mesh, trainable), laid_out(mesh, frozen)
 

@@ -35,10 +35,19 @@ class Held:
             )
         self.recipe, self.mesh, self.frozen = recipe, mesh, None
         own = recipe.sampling
-        self.greedy = dataclasses.replace(own, temperature=0.0)
-        more = [dataclasses.replace(self.greedy, steps=n) for n in recipe.evaluation.steps]
-        self.settings = list(dict.fromkeys([own, *more]))
-        """The run's own way of decoding, and those that the recipe adds."""
+        self.greedy = own.greedy
+        self.unlearned = own.greedy
+        """By a heuristic where `own` is learned: before there is an order, and to learn from."""
+        if own.learned:
+            self.unlearned = dataclasses.replace(own.greedy, order="low_confidence")
+        more = [
+            dataclasses.replace(self.greedy, steps=n, order=order)
+            for order in (self.greedy.order, *recipe.evaluation.orders)
+            for n in recipe.evaluation.steps
+        ]
+        exact = dataclasses.replace(own, cache="none")  # what the approximation costs in reward
+        self.settings = list(dict.fromkeys([own, exact, *more]))
+        """The run's own way of decoding, the same without a cache, and those the recipe adds."""
         shards = parallel.batch_shards(mesh)
         self.batch = -(-recipe.evaluation.batch // shards) * shards
         self.key = jax.random.fold_in(jax.random.key(recipe.seed), 10)

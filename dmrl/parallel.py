@@ -25,6 +25,10 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"blocks/.*(q_proj|k_proj|v_proj|ff_proj|up_proj)/b$", P(None, "fsdp", "tensor")),
     (r"blocks/.*(attn_out|ff_out)/a$", P(None, "tensor", "fsdp")),
     (r"blocks/.*(attn_out|ff_out)/b$", P(None, None, "fsdp")),
+    # The unmasking policy: a layer of the model's shape, and a perceptron.
+    (r"block/.*(q_proj|k_proj|v_proj|ff_proj|up_proj)/kernel$", P("fsdp", "tensor")),
+    (r"block/.*(attn_out|ff_out)/kernel$", P("tensor", "fsdp")),
+    (r"hidden_\d/kernel$", P("fsdp", "tensor")),
     (r"embedding$", P("tensor", "fsdp")),
     # Only columns are cut, so that no device ever gathers the head (dmrl/models/logprob.py).
     (r"head$", P(None, ("fsdp", "tensor"))),

@@ -21,7 +21,7 @@ import optax
 from jax.sharding import Mesh
 
 from dmrl import algorithms, models, parallel, pieces
-from dmrl.diffusion import probe, sampler
+from dmrl.diffusion import drift, probe, sampler
 from dmrl.types import HINT, Denoiser, Inner, Metrics, Models, PRNGKey, Probe, Rollout
 
 
@@ -32,7 +32,8 @@ class TrainState(NamedTuple):
     """Outer steps done, int32."""
     trainable: Any
     """What the optimiser changes, by collection: {'lora': ...} or, without an adapter,
-    {'params': ...}; beside it 'heads' where a term has some."""
+    {'params': ...}; beside it 'heads' where a term has some. {'order': ...} alone where a term
+    trains the order of a denoiser that stays as it is."""
     opt_state: optax.OptState
     teacher: Any = None
     """The behaviour policy of the present phase, laid out like `trainable`; None without phases."""
@@ -79,12 +80,17 @@ def needs(terms: Sequence[Term]) -> frozenset[str]:
     return frozenset[str]().union(*asked)
 
 
+DRIFT_ROWS = 16
+"""Completions of a step on which an approximate sampler is compared with its model."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Programs:
     """The compiled programs of one stage. All fields are static; parameters are arguments.
 
-    `frozen` in the methods is the tree that never changes: the base weights under an adapter,
-    or the reference policy of full fine-tuning (None when nothing asks for a reference).
+    `frozen` in the methods is the tree that never changes: the base weights under an adapter, the
+    denoiser beside a learned order, or the reference policy of full fine-tuning (None when nothing
+    asks for a reference).
     `behaviour` draws rollouts: `state.trainable`, or the teacher's in a method with phases.
     """
 
@@ -138,7 +144,7 @@ class Programs:
         `first_row`: noise follows the number, so chunks of a batch equal the whole.
         """
         prompts = parallel.put(prompts, parallel.replicated(self.mesh))
-        frozen = frozen if self.model.lora_rank else None  # no part of this policy
+        frozen = part_of(behaviour, frozen)
         with jax.set_mesh(self.mesh):
             return self._rollout(behaviour, frozen, prompts, jnp.int32(first_row), key)
 
@@ -151,9 +157,15 @@ class Programs:
         positions of the template can be hinted; they come back with `reveal_step` HINT.
         """
         hints = parallel.put(hints, parallel.batch_sharding(self.mesh))
-        frozen = frozen if self.model.lora_rank else None
+        frozen = part_of(behaviour, frozen)
         with jax.set_mesh(self.mesh):
             return self._inpaint(behaviour, frozen, rollout, hints, key)
+
+    def drift(self, behaviour: Any, frozen: Any, rollout: Rollout, key: PRNGKey) -> Metrics:
+        """How far an approximate sampler was from its model, on some of the rows."""
+        frozen = frozen if self.model.lora_rank else None
+        with jax.set_mesh(self.mesh):
+            return self._drift(behaviour, frozen, rollout, key)
 
     def update(
         self,
@@ -167,12 +179,17 @@ class Programs:
         with jax.set_mesh(self.mesh):
             return self._update(state, frozen, tuple(rollouts), tuple(probes), key)
 
+    def measure(self, trainable: Any, frozen: Any, rollout: Rollout, key: PRNGKey) -> Metrics:
+        """What the losses tell of a scored rollout, without an update; for terms without probes."""
+        with jax.set_mesh(self.mesh):
+            return self._measure(trainable, frozen, rollout, key)
+
     def trace_rollout(self, behaviour: Any, frozen: Any, prompts: Any, key: Any) -> Any:
         """`rollout` traced for arguments that may be `jax.ShapeDtypeStruct`s with layouts.
 
         For what only looks at the program (`.jaxpr`, `.lower().compile()`) and never runs it.
         """
-        frozen = frozen if self.model.lora_rank else None
+        frozen = part_of(behaviour, frozen)
         first_row = jax.ShapeDtypeStruct((), jnp.int32, sharding=parallel.replicated(self.mesh))
         with jax.set_mesh(self.mesh):
             return self._rollout.trace(behaviour, frozen, prompts, first_row, key)
@@ -187,7 +204,8 @@ class Programs:
         """Whether nothing after a completion's EOS matters to any term (rewards never see it)."""
         assert self.sampling is not None
         blind = [getattr(t.algorithm, "BLIND_AFTER_EOS", False) for t in self.terms]
-        return self.sampling.blocks > 1 and all(blind)
+        several = self.sampling.blocks > 1 and not self.sampling.remasks
+        return several and all(blind)
 
     @functools.cached_property
     def _rollout(self) -> Any:
@@ -212,6 +230,17 @@ class Programs:
             return done, tuple(probes)
 
         return jax.jit(rollout)
+
+    @functools.cached_property
+    def _drift(self) -> Any:
+        assert self.sampling is not None
+        sampling = self.sampling
+
+        def measure(behaviour, frozen, rollout, key):
+            some = jax.tree.map(lambda x: x[:DRIFT_ROWS], rollout._replace(reward=None))
+            return drift.measure(self.policy(behaviour, frozen), some, sampling, key)
+
+        return jax.jit(measure)
 
     @functools.cached_property
     def _inpaint(self) -> Any:
@@ -304,6 +333,28 @@ class Programs:
         layout = parallel.shardings(self.mesh, state)
         return jax.lax.with_sharding_constraint(state, layout), metrics
 
+    @functools.cached_property
+    def _measure(self) -> Any:
+        def measure(trainable, frozen, rollout, key):
+            bound = Models(self.policy(trainable, frozen), None, None)
+            inner = Inner(jnp.int32(0), 1, key)
+            batches = tuple(
+                t.algorithm.prepare(bound, rollout, None, key, inner, t.hyper) for t in self.terms
+            )
+            return self._objective(bound, batches)[1]
+
+        return jax.jit(measure)
+
+    def _objective(self, bound: Models, batches: Any) -> tuple[jax.Array, Metrics]:
+        """The weighted sum of the terms, and their metric sums."""
+        total, metrics = jnp.zeros(()), dict[str, jax.Array]()
+        for i, (term, batch) in enumerate(zip(self.terms, batches, strict=True)):
+            value, sums = term.algorithm.loss(bound, batch, term.hyper)
+            total += term.weight * value
+            prefix = f"{term.name}/" if i else ""
+            metrics |= {prefix + name: v for name, v in sums.items()}
+        return total, metrics | {"loss": total}
+
     def _gradient(self, trainable, frozen, teacher, reference, batches):
         """Gradient and metric sums of the weighted objective, over strided microbatches.
 
@@ -312,14 +363,9 @@ class Programs:
         """
 
         def objective(trainable, batches):
-            bound = Models(self.policy(trainable, frozen), teacher, reference)
-            total, metrics = jnp.zeros(()), dict[str, jax.Array]()
-            for i, (term, batch) in enumerate(zip(self.terms, batches, strict=True)):
-                value, sums = term.algorithm.loss(bound, batch, term.hyper)
-                total += term.weight * value
-                prefix = f"{term.name}/" if i else ""
-                metrics |= {prefix + name: v for name, v in sums.items()}
-            return total, metrics | {"loss": total}
+            return self._objective(
+                Models(self.policy(trainable, frozen), teacher, reference), batches
+            )
 
         gradient = jax.grad(objective, has_aux=True)
         if self.microbatches == 1:
@@ -333,6 +379,11 @@ class Programs:
         shapes = jax.eval_shape(gradient, trainable, first)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(accumulate, zeros, cut)[0]
+
+
+def part_of(trainable: Any, frozen: Any) -> Any:
+    """`frozen` if a policy is made of it; None if it is but a reference beside whole weights."""
+    return None if "params" in trainable else frozen
 
 
 def frozen_copy(model: models.Config, params: Any) -> Any:

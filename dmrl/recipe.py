@@ -36,6 +36,20 @@ class WarmStart:
 
 
 @dataclasses.dataclass(frozen=True)
+class Imitation:
+    """Before stage 2 of a run that trains an order: supervised by max-confidence."""
+
+    steps: int = 0
+    """At most this many; 0 leaves the order as it was drawn."""
+    target: float = 0.95
+    """Stop as soon as the order's favourite is a most confident position in at least this share
+    of validation states."""
+    batch: int = 16
+    """Trajectories of an update, each with as many states as masks; as many validate."""
+    evaluate_every: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """When and how held-out splits are decoded."""
 
@@ -45,6 +59,8 @@ class Evaluation:
     """Examples per validation."""
     steps: tuple[int, ...] = ()
     """Numbers of denoising steps to decode with greedily, beside the run's own settings."""
+    orders: tuple[str, ...] = ()
+    """Further orders to decode with, each in all of `steps`."""
     splits: tuple[str, ...] = ("test",)
     """Decoded whole, once before and once after training."""
     batch: int = 256
@@ -120,6 +136,8 @@ class Recipe(typing.NamedTuple):
     loop: Loop
     warm_start: WarmStart
     warm_optimizer: optim.Optimizer
+    imitation: Imitation
+    imitation_optimizer: optim.Optimizer
     evaluation: Evaluation
     rescue: Rescue
     preferences: str
@@ -142,6 +160,8 @@ def build(config: Mapping[str, Any]) -> Recipe:
         options = dict(options)
         terms.append(make_term(name, float(options.pop("weight")), options))
     terms = [t for t in terms if t.weight]
+    sampling = section(Sampling, config["sampling"], "sampling")
+    _check_order(terms, sampling, model)
     guidance = config["sampling"]["cfg_scale"]
     probing = [t.name for t in terms if hasattr(t.algorithm, "probes")]
     if guidance and probing:
@@ -150,6 +170,7 @@ def build(config: Mapping[str, Any]) -> Recipe:
             f"{', '.join(probing)}: set it to 0, or drop the term"
         )
     _check_agree(terms, config)
+    _check_sampling(terms, sampling)
     rescue = section(Rescue, config["rescue"], "rescue")
     if rescue.fraction and probing:
         raise ValueError(
@@ -167,7 +188,7 @@ def build(config: Mapping[str, Any]) -> Recipe:
         model=model,
         init_from=config["model"]["init_from"],
         max_prompt_length=config["max_prompt_length"],
-        sampling=section(Sampling, config["sampling"], "sampling"),
+        sampling=sampling,
         terms=tuple(terms),
         optimizer=section(optim.Optimizer, config["optimizer"], "optimizer"),
         loop=section(Loop, config, "", partial=True),
@@ -175,12 +196,73 @@ def build(config: Mapping[str, Any]) -> Recipe:
         warm_optimizer=section(
             optim.Optimizer, config["warm_start"]["optimizer"], "warm_start.optimizer"
         ),
+        imitation=section(Imitation, config["imitation"], "imitation", partial=True),
+        imitation_optimizer=section(
+            optim.Optimizer, config["imitation"]["optimizer"], "imitation.optimizer"
+        ),
         evaluation=section(Evaluation, config["evaluation"], "evaluation"),
         rescue=rescue,
         preferences=config["preferences"],
         mesh=dict(config["mesh"]),
         metrics=metrics.known(config["metrics"]),
     )
+
+
+def _check_sampling(terms: Sequence[Term], sampling: Sampling) -> None:
+    """Raises ValueError where a term reads from a rollout what this sampler does not tell."""
+    per_step = [t.name for t in terms if getattr(t.algorithm, "READS_REVEAL_STEP", False)]
+    if sampling.remasks and per_step:
+        raise ValueError(
+            f"sampling.remask={sampling.remask!r} changes revealed tokens, but "
+            f"{', '.join(per_step)} scores what each step revealed: set it to 'none'"
+        )
+    drafting = [t.name for t in terms if "drafts" in needs([t])]
+    for name in ("schedule", "cache"):
+        unfit = sampling.adaptive if name == "schedule" else sampling.approximate
+        if drafting and unfit:
+            raise ValueError(
+                f"sampling.{name}={getattr(sampling, name)!r} gives no drafts of whole completions "
+                f"step by step, which {', '.join(drafting)} needs: take the default"
+            )
+
+
+def _check_order(terms: Sequence[Term], sampling: Sampling, model: models.Config) -> None:
+    """Raises ValueError where an order and a denoiser would both be trained, or neither."""
+    orders = [t for t in terms if "order" in needs([t])]
+    others = ", ".join(t.name for t in terms if t not in orders)
+    names = ", ".join(t.name for t in orders)
+    if not orders:
+        if sampling.learned:
+            raise ValueError(f"sampling.order={sampling.order!r}, but no term trains an order")
+        if not model.lora_rank and model.param_dtype != "float32":
+            raise ValueError(
+                "without an adapter all weights are trained and need "
+                f"model.param_dtype='float32', not {model.param_dtype!r} (compute may stay "
+                "model.dtype='bfloat16')"
+            )
+        return
+    if others:
+        raise ValueError(
+            f"{names} trains an order and keeps the denoiser, {others} trains the denoiser: make "
+            "it two runs, after which either decodes with the other"
+        )
+    if model.lora_rank:
+        raise ValueError(
+            f"model.lora_rank={model.lora_rank}, but {names} trains no adapter: set it to 0 "
+            "(launch/convert.py adds a trained one to its base)"
+        )
+    if not sampling.learned or sampling.adaptive or sampling.remasks:
+        raise ValueError(
+            f"{names} trains the order of a sampler with order='learned:T', schedule='uniform' and "
+            f"remask='none', not {sampling.order!r}, {sampling.schedule!r}, {sampling.remask!r}"
+        )
+    for term in orders:
+        wanted = getattr(term.hyper, "top_k", 0)
+        if wanted != sampling.order_rule.top_k:
+            raise ValueError(
+                f"terms.{term.name}.top_k={wanted}, but sampling.order={sampling.order!r}: give "
+                f"it the same K, 'learned:{sampling.order_rule.temperature},{wanted}'"
+            )
 
 
 def _check_preferences(config: Mapping[str, Any], terms: Sequence[Term], rescue: Rescue) -> None:
@@ -196,7 +278,11 @@ def _check_preferences(config: Mapping[str, Any], terms: Sequence[Term], rescue:
         raise ValueError(f"preferences are not sampled, but {who} needs rollouts: drop one of them")
 
 
-SAME = {"group_size": ("num_generations",), "block_length": ("sampling", "block_length")}
+SAME = {
+    "group_size": ("num_generations",),
+    "block_length": ("sampling", "block_length"),
+    "steps": ("sampling", "steps"),
+}
 """Options of terms that repeat a value which the loop or the sampler owns."""
 
 
@@ -271,9 +357,4 @@ def _tokenizer_and_model(config: Mapping[str, Any], task: tasks.Task) -> tuple[A
     model = section(models.Config, values, "model")
     if init_from:
         _check_fits(init_from, model)
-    if not model.lora_rank and model.param_dtype != "float32":
-        raise ValueError(
-            f"without an adapter all weights are trained and need model.param_dtype='float32', "
-            f"not {model.param_dtype!r} (compute may stay model.dtype='bfloat16')"
-        )
     return tok, model

@@ -86,7 +86,7 @@ class WarmStart:
             optim.make(recipe.warm_optimizer, self.steps),
             mesh,
         )
-        _check_shared("warm_start.batch", recipe.warm_start.batch, mesh)
+        check_shared("warm_start.batch", recipe.warm_start.batch, mesh)
 
     def init(self, trainable: Any) -> TrainState:
         """From the fresh weights."""
@@ -111,7 +111,7 @@ class WarmStart:
         if not number or (number % settings.evaluate_every and number < self.steps):
             return None
         size = self.recipe.evaluation.size
-        greedy = self.held.greedy
+        greedy = self.held.unlearned
         found = self.held.measure(state.trainable, "validation", [greedy], size)
         rate = found.values[f"eval/validation/{evaluate.setting_name(greedy)}/solved"]
         return found._replace(done=rate >= settings.target)
@@ -137,7 +137,7 @@ def reinforcement(recipe: Recipe, mesh: Any) -> Programs:
 def check_rows(loop: Loop, mesh: Any) -> None:
     """Raises ValueError where the rows of a rollout chunk do not divide among the devices."""
     rows = loop.prompts_per_step * loop.num_generations // loop.rollout_chunks
-    _check_shared("completions of a chunk", rows, mesh)
+    check_shared("completions of a chunk", rows, mesh)
 
 
 def _updates(loop: Loop) -> int:
@@ -208,13 +208,16 @@ class Reinforce:
                 found = self._rescue(found, self.traces.of(rows), behaviour, number, key)
             scored.append(found)
             rewarding += time.perf_counter() - clock
+        drift = {}
+        if self.recipe.sampling.approximate:
+            drift = self.programs.drift(behaviour, self.held.frozen, launched[0][0], key)
         before_update = time.perf_counter()
         ready = [scoring.rewarded(s, self._put) for s in scored]
         state, metrics = self.programs.update(
             state, self.held.frozen, [r for r, _ in ready], [p for _, p in ready], key
         )
         values = scoring.statistics(self.recipe, scored)  # on the host, while the device updates
-        values |= {k: float(v) for k, v in jax.device_get(metrics).items()}
+        values |= {k: float(v) for k, v in jax.device_get(metrics | drift).items()}
         end = time.perf_counter()
         values |= {
             "learning_rate": float(self.schedule(in_phase * loop.num_iterations)),
@@ -309,7 +312,8 @@ class Reinforce:
         ]
 
 
-def _check_shared(what: str, count: int, mesh: Any) -> None:
+def check_shared(what: str, count: int, mesh: Any) -> None:
+    """Raises ValueError where `count` rows do not divide among the devices."""
     shards = parallel.batch_shards(mesh)
     if count % shards:
         raise ValueError(

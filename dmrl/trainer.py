@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmrl import models, parallel, preferences, processes, report, stages
+from dmrl import models, orders, parallel, preferences, processes, report, stages
 from dmrl.checkpoint import Checkpoints
 from dmrl.console import Console
 from dmrl.held import Held
@@ -27,8 +27,8 @@ from dmrl.models import weights
 from dmrl.programs import TrainState, frozen_copy, needs
 from dmrl.recipe import Recipe
 
-ORDER = ("warm_start", "rl")
-"""The stages, first to last."""
+STAGES = {"warm_start": 1, "imitation": 3, "rl": 2}
+"""The stages, first to last, and what is folded into the run's key for each."""
 FILES = ("metrics.jsonl", "completions.jsonl", "trajectories.jsonl")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
@@ -126,7 +126,7 @@ def train(
     config: Mapping[str, Any],
     stage_two: type[stages.Reinforce] | None = None,
 ) -> dict[str, float]:
-    """Runs or resumes both stages; returns the final evaluation.
+    """Runs or resumes all stages; returns the final evaluation.
 
     `stage_two` lets an experiment replace what a step of stage 2 does.
 
@@ -142,6 +142,7 @@ def train(
     mesh = parallel.make_mesh(**recipe.mesh)
     held = Held(recipe, mesh)
     warm = stages.WarmStart(recipe, mesh, held) if recipe.warm_start.steps else None
+    imitation = orders.Imitation(recipe, mesh, held) if recipe.imitation.steps else None
     if stage_two is None:
         stage_two = preferences.Preferences if recipe.preferences else stages.Reinforce
     reinforce = stage_two(recipe, mesh, held)
@@ -154,15 +155,22 @@ def train(
         loop = Loop(recipe, workdir, stopping)
         if warm:
             trainable = loop.run(warm, trainable).trainable
+        if orders.is_trained(recipe):
+            held.frozen, trainable = trainable["params"], orders.fresh_on(recipe, mesh)
+        if imitation:
+            trainable = loop.run(imitation, trainable).trainable
         if not recipe.model.lora_rank and "reference" in needs(recipe.terms):
             held.frozen = frozen_copy(recipe.model, trainable["params"])
         trained = loop.run(reinforce, trainable).trainable
-    collection = "lora" if recipe.model.lora_rank else "params"
-    what = (recipe.model, trained[collection], collection)
-    if loop.writer:
-        weights.save_weights(workdir / "weights", *what, force=True, fetch=parallel.gather)
-    else:
-        weights.fetch_all(*what, fetch=parallel.gather)
+    if orders.is_trained(recipe) and not recipe.init_from:
+        trained = {**trained, "params": held.frozen}  # the only copy
+    for collection in sorted(trained.keys() - {"heads"}):
+        folder = orders.FOLDER if collection == "order" else "weights"
+        what = (recipe.model, trained[collection], collection)
+        if loop.writer:
+            weights.save_weights(workdir / folder, *what, force=True, fetch=parallel.gather)
+        else:
+            weights.fetch_all(*what, fetch=parallel.gather)
     return loop.final
 
 
@@ -209,12 +217,12 @@ class _StageRun:
         checkpoint: then that one is the moment to go back to.
         """
         name, loop = self.stage.name, self.loop
-        place = ORDER.index(name)
-        self.key = jax.random.fold_in(jax.random.key(loop.recipe.seed), place + 1)
+        names = list(STAGES)
+        self.key = jax.random.fold_in(jax.random.key(loop.recipe.seed), STAGES[name])
         self.state, self.number, self.done = self.stage.init(trainable), 0, False
         found = self.checkpoints.restore(self.state)
         if found is None:
-            if not loop.begun(ORDER):  # killed before the first checkpoint of all
+            if not loop.begun(names):  # killed before the first checkpoint of all
                 self._cut(dict.fromkeys(FILES, 0))
             return
         self.number, self.state, host = found
@@ -222,7 +230,7 @@ class _StageRun:
         self.done = host["done"]
         loop.final = host["final"]
         self.stage.batches.set_state(host["batches"])
-        if not loop.begun(ORDER[place + 1 :]):
+        if not loop.begun(names[names.index(name) + 1 :]):
             self._cut(host["files"])
         loop.console.note(f"{name}: resumed after step {self.number}")
 

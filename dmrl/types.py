@@ -5,6 +5,7 @@ Axes, everywhere:
   S  = P + L                        V  vocabulary           D  model width
   T  denoising steps                K  states per rollout   Z  fillings per state
   N  items of a Batch (whatever must be seen together: a completion, a state, a pair)
+  W  positions of a window          F  features of a position for a learned order
 """
 
 from collections.abc import Callable, Mapping
@@ -25,6 +26,9 @@ TEMPLATE = -1
 
 HINT = -2
 """`reveal_step` of a position that was injected from outside (inpainting)."""
+
+FLAGS, TOP = 2, 8
+"""What a learned order reads of a position beside hidden states: flags, highest probabilities."""
 
 
 class Cached(NamedTuple):
@@ -61,6 +65,10 @@ class Denoiser(NamedTuple):
     window: Callable[..., Float[Array, "batch width d"]] | None = None
     """(tokens, valid, start, width) -> hidden of positions start .. start + width [B,W,D], what
     `encode` gives there for less work and not for differentiation; None: there is no such way."""
+    order: Callable[..., tuple[Array, Callable[[Array], Array]]] | None = None
+    """(tokens, valid, start, width) -> (what `window` gives, score): a learned order. `score` maps
+    features [B,W,F] of these positions (`dmrl.diffusion.decisions`) to scores [B,W], and is
+    differentiated by the order's own parameters alone; None: the model has none."""
     cached: Cached | None = None
     """For samplers that reuse keys and values; None: there is no such way."""
 
@@ -106,6 +114,8 @@ class Rollout(NamedTuple):
     drafts: Int[Array, "b t l"] | None = None
     """The sampler's own full predictions [B,T,L], only where a term needs them: at step t the
     visible tokens, and at every mask the token proposed there."""
+    order_log_prob: Float[Array, "b l"] | None = None
+    """log g(i | x) at the moment of a position's reveal (temperature 1), of a learned order."""
 
 
 class ProbePlan(NamedTuple):

@@ -69,6 +69,7 @@ RULES = {
     "dmrl.held": Doors(NUMERIC, ANY),
     "dmrl.scoring": Doors(NUMERIC, ANY),
     "dmrl.stages": Doors(NUMERIC, ANY),
+    "dmrl.orders": Doors(NUMERIC, ANY),
     "dmrl.preferences": Doors(NUMERIC, ANY),
     "dmrl.trainer": Doors(NUMERIC, ANY),
     "dmrl.ahead": Doors(NUMERIC, ANY),

@@ -5,13 +5,14 @@ are compared within a row only.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dmrl.types import RowKeys
+from dmrl.types import TOP, RowKeys
 
 Score = Float[Array, "b l"]
 
@@ -29,6 +30,8 @@ class Look(NamedTuple):
     """From 0 at a block's first step to 1 at its last."""
     keys: RowKeys
     eos_id: int
+    law: Score | None = None
+    """`Learned.law`, where that is the order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +163,75 @@ class Eoser(LowConfidence):
         return look.measured + jnp.where(look.proposal == look.eos_id, factor, 0.0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Learned(LowConfidence):
+    """Drawn from softmax(s / temperature), s a trained policy's scores (UPO, arXiv 2510.05725).
+
+    With `top_k` the policy may choose none but the K candidates of the most confident best token;
+    where a step reveals more, the rest go by that confidence.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0:
+            raise ValueError(f"temperature={self.temperature} and k={self.top_k} must be >= 0")
+
+    def measure(self, log_p: Float[Array, "*b v"], chosen: Float[Array, "*b"]) -> Any:
+        """The TOP highest probabilities in descending order."""
+        del chosen
+        return top_probabilities(log_p)
+
+    def law(
+        self,
+        policy: Callable[[Float[Array, "b l f"]], Score],
+        top: Float[Array, "b l k"],
+        masked: Bool[Array, "b l"],
+    ) -> Score:
+        """log g of every candidate at temperature 1, -inf elsewhere."""
+        return log_law(
+            policy(features(top, masked)), most_confident(top[..., 0], masked, self.top_k)
+        )
+
+    def score(self, look: Look) -> Score:
+        """The law with Gumbel noise; far below, a probability where the law has none."""
+        assert look.law is not None
+        shape = look.masked.shape[1:]
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, shape))(look.keys)
+        outside = look.measured[..., 0] - OUTSIDE
+        return jnp.where(look.law == -jnp.inf, outside, look.law + self.temperature * noise)
+
+
+OUTSIDE = 1e3
+"""Nats below which no law falls that float32 softmax gives a sample of."""
+
+
+def top_probabilities(log_p: Float[Array, "*n v"]) -> Float[Array, "*n k"]:
+    """The TOP highest probabilities in descending order; MASK, which has none, is left out."""
+    return jnp.exp(jax.lax.top_k(log_p, min(TOP, log_p.shape[-1] - 1))[0])
+
+
+def features(top: Float[Array, "n w k"], masked: Bool[Array, "n w"]) -> Float[Array, "n w f"]:
+    """What a policy reads beside hidden states: in the block (all of these), masked, `top`."""
+    flags = jnp.stack([jnp.ones_like(masked), masked], axis=-1)
+    return jnp.concatenate([flags.astype(top.dtype), top], axis=-1)
+
+
+def most_confident(
+    confidence: Float[Array, "n w"], masked: Bool[Array, "n w"], k: int
+) -> Bool[Array, "n w"]:
+    """The `k` most confident masked positions (0: all)."""
+    return select_top(confidence, masked, jnp.full(masked.shape[:1], k)) if k else masked
+
+
+def log_law(score: Float[Array, "n w"], allowed: Bool[Array, "n w"]) -> Float[Array, "n w"]:
+    """log softmax of the scores over `allowed`, -inf elsewhere; a row may have none."""
+    some = jnp.any(allowed, axis=-1, keepdims=True)
+    score = jnp.where(allowed | ~some, score, -jnp.inf)  # no row of -inf alone: NaN
+    return jnp.where(allowed, jax.nn.log_softmax(score, axis=-1), -jnp.inf)
+
+
 ORDERS: dict[str, Any] = {
     "low_confidence": LowConfidence,
     "random": Random,
@@ -168,9 +240,10 @@ ORDERS: dict[str, Any] = {
     "softmax_confidence": SoftmaxConfidence,
     "top_k": TopK,
     "eoser": Eoser,
+    "learned": Learned,
 }
-STOCHASTIC = (Random, SoftmaxConfidence, TopK)
-"""Orders whose score is a draw and says nothing of how sure a position is."""
+STOCHASTIC = (Random, SoftmaxConfidence, TopK, Learned)
+"""Orders whose score is a draw or says nothing of how sure a position is."""
 
 
 def select_top(

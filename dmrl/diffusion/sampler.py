@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dmrl.diffusion import order, schedule
+from dmrl.diffusion import order, schedule, stored
 from dmrl.diffusion.guidance import guided, nucleus
 from dmrl.diffusion.likelihood import POSITIONS, over_positions
 from dmrl.diffusion.masking import upto_eos
@@ -85,6 +85,7 @@ def sample(
         length=jnp.sum(upto_eos(tokens, denoiser.eos_id), axis=1),
         states=_with_last(kept.before, state.tokens),
         drafts=None if kept.draft is None else jnp.moveaxis(kept.draft, 0, 1),
+        order_log_prob=state.order_log_prob,
     )
 
 
@@ -93,6 +94,11 @@ def _check(denoiser: Denoiser, config: Sampling, drafts: bool, stop_at_eos: bool
         raise ValueError(
             f"cache={config.cache!r} reads the open block alone, "
             + ("but drafts need every position" if drafts else "and this model has no cache")
+        )
+    if config.learned and (drafts or denoiser.order is None):
+        raise ValueError(
+            f"order={config.order!r} "
+            + ("keeps no drafts" if drafts else "is learned, but this model came without one")
         )
     if config.adaptive and drafts:
         raise ValueError(
@@ -114,6 +120,8 @@ class _State(NamedTuple):
     """Of `remask.Turn`."""
     clock: Int[Array, " b"]
     """Steps of the row so far, with an adaptive schedule."""
+    order_log_prob: Float[Array, "b l"] | None
+    """With a learned order."""
 
 
 class _Kept(NamedTuple):
@@ -170,7 +178,8 @@ def _scan(walk: "_Walk", template: jax.Array, group_size: int) -> tuple[_State, 
     masked = template == walk.denoiser.mask_id
     never = jnp.where(masked, config.steps, TEMPLATE).astype(jnp.int32)
     clock = jnp.zeros((rows,), jnp.int32)
-    state = _State(template, never, zeros, zeros, jnp.full_like(zeros, jnp.inf), clock)
+    never_sure, laws = jnp.full_like(zeros, jnp.inf), zeros if config.learned else None
+    state = _State(template, never, zeros, zeros, never_sure, clock, laws)
     plan, every = _plan(config, masked), config.cache_rule.every
     runs = jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:]), plan)
     first = None
@@ -209,8 +218,9 @@ class _Walk:
 
     def run(self, state: _State, steps: _Step, alike: int = 1) -> tuple[_State, _Kept]:
         """Consecutive steps of one block, [n]; nothing where no row has a token to reveal."""
+        config = self.config
         kept = _Kept(
-            state.tokens if self.drafts else None, state.tokens if self.config.remasks else None
+            state.tokens if self.drafts else None, state.tokens if config.remasks else None
         )
         steps = self.opened(state, steps)
         due = jnp.any(steps.reveals > 0)
@@ -219,9 +229,10 @@ class _Walk:
 
         def act(state):
             first = jax.tree.map(lambda x: x[0], steps)
-            if self.config.cache_rule.every == 1:
-                whole, hidden = self.read(state.tokens, first.start, alike)
-                state, draft = self.reveal(state, first, whole, hidden)
+            if config.cache_rule.every == 1:
+                state, draft = self.reveal(
+                    state, first, *self.read(state.tokens, first.start, alike)
+                )
                 return state, kept._replace(draft=draft)
             hidden, store = self.prefill(state.tokens, first.start)
             state, _ = self.reveal(state, first, None, hidden)
@@ -230,8 +241,9 @@ class _Walk:
                 step = self.narrowed(state, step)
 
                 def extend(state):
-                    hidden = self.extend(state.tokens, step.start, store)
-                    return self.reveal(state, step, None, hidden)[0]
+                    tokens = self.sequence(state.tokens)
+                    args = (self.denoiser, config, tokens, self.valid, store, step.start)
+                    return self.reveal(state, step, None, stored.block(*args))[0]
 
                 return jax.lax.cond(jnp.any(step.reveals > 0), extend, lambda s: s, state), None
 
@@ -290,20 +302,29 @@ class _Walk:
         """Prompt and completion."""
         return jnp.concatenate([self.prompt, tokens], axis=1)
 
-    def read(self, tokens: jax.Array, start: jax.Array, alike: int) -> tuple[Any, jax.Array]:
-        """Hidden states (of the whole completion where drafts need them, of what is open).
+    def read(self, tokens: jax.Array, start: jax.Array, alike: int) -> tuple[Any, Any, Any]:
+        """Hidden states (of the whole completion where drafts need them, of what is open), and
+        the policy of a learned order.
 
         Of every `alike` rows the first is read for all.
         """
         sequence, seen = self.sequence(tokens)[::alike], self.valid[::alike]
-        length = self.prompt.shape[1]
-        if self.denoiser.window and not self.drafts and self.width < sequence.shape[1]:
-            first = jnp.int32(0) if self.width == self.config.length else start
-            block = self.denoiser.window(sequence, seen, length + first, self.width)
-            return None, jnp.repeat(block, alike, axis=0)
-        whole = self.denoiser.encode(sequence, seen)[:, length:]
-        whole = jnp.repeat(whole, alike, axis=0)
-        return whole, self.cut(whole, start)
+        length, policy = self.prompt.shape[1], None
+        first = length + (jnp.int32(0) if self.width == self.config.length else start)
+        if self.config.learned:
+            assert self.denoiser.order is not None
+            block, score = self.denoiser.order(sequence, seen, first, self.width)
+
+            def policy(features: jax.Array) -> jax.Array:
+                return jnp.repeat(score(features[::alike]), alike, axis=0)
+
+        elif self.denoiser.window and not self.drafts and self.width < sequence.shape[1]:
+            block = self.denoiser.window(sequence, seen, first, self.width)
+        else:
+            whole = self.denoiser.encode(sequence, seen)[:, length:]
+            whole = jnp.repeat(whole, alike, axis=0)
+            return whole, self.cut(whole, start), None
+        return None, jnp.repeat(block, alike, axis=0), policy
 
     def prefill(self, tokens: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
         """Hidden states of the block, and what later steps need of everything else."""
@@ -311,23 +332,8 @@ class _Walk:
         at = self.prompt.shape[1] + start
         return self.denoiser.cached.prefill(self.sequence(tokens), self.valid, at, self.width)
 
-    def extend(self, tokens: jax.Array, start: jax.Array, store: Any) -> jax.Array:
-        """Hidden states of the block from the store and the tokens that the cache leaves out."""
-        cached, length = self.denoiser.cached, self.prompt.shape[1]
-        assert cached is not None
-        args = (self.sequence(tokens), self.valid, store)
-        if self.config.cache_rule.kind == "dual":
-            return cached.extend(*args, length + start, self.width)
-
-        def from_block(edge: int) -> Any:
-            rest = self.config.length - edge
-            return lambda: cached.extend(*args, length + edge, rest)[:, : self.width]
-
-        branches = [from_block(block.start) for block in self.config.layout]
-        return jax.lax.switch(start // self.width, branches)
-
     def reveal(
-        self, state: _State, step: _Step, whole: Any, hidden: jax.Array
+        self, state: _State, step: _Step, whole: Any, hidden: jax.Array, policy: Any = None
     ) -> tuple[_State, Any]:
         """One step, given what the head reads; with the draft where it is kept."""
         config, mask_id, open_ = self.config, self.denoiser.mask_id, self.cut
@@ -343,6 +349,8 @@ class _Walk:
         look = order.Look(
             measured, proposal, masked, step.progress, fold_in(keys, 1), self.denoiser.eos_id
         )
+        if policy is not None:
+            look = look._replace(law=config.order_rule.law(policy, measured, masked))
         score = config.order_rule.score(look)
         confidence = open_(state.confidence, step.start)
         if config.adaptive:
@@ -368,8 +376,10 @@ class _Walk:
             for old, new in zip(state[:4], news, strict=True)
         )
         confidence = self.put(state.confidence, confidence, step.start)
-        clock = state.clock + (step.reveals > 0)
-        return _State(tokens, reveal_step, log_prob, entropy, confidence, clock), draft
+        clock, laws = state.clock + (step.reveals > 0), state.order_log_prob
+        if laws is not None and look.law is not None:
+            laws = self.put(laws, jnp.where(chosen, look.law, open_(laws, step.start)), step.start)
+        return _State(tokens, reveal_step, log_prob, entropy, confidence, clock, laws), draft
 
     def put(self, x: Array, new: Array, start: Int[Array, ""]) -> Array:
         """The open positions of [B,L] replaced."""

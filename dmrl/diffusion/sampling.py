@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
-from dmrl.diffusion.order import ORDERS, STOCHASTIC
+from dmrl.diffusion.order import ORDERS, STOCHASTIC, Learned
 from dmrl.diffusion.remask import RULES, Keep, Rcr
 from dmrl.diffusion.rules import rule
 from dmrl.diffusion.schedule import ADAPTIVE, SCHEDULES, Block, Doubling, equal_blocks
@@ -93,6 +93,10 @@ class Sampling:
                 f"remask={self.remask!r} masks the least confident again, but order={self.order!r} "
                 "scores at random: choose an order that measures confidence"
             )
+        if self.learned and self.cfg_scale:
+            raise ValueError(
+                f"order={self.order!r} reads the model unguided: set cfg_scale={self.cfg_scale} to 0"
+            )
         if self.adaptive and self.remasks:
             raise ValueError(
                 f"remask={self.remask!r} needs a schedule that says how many masks are left, "
@@ -113,6 +117,7 @@ class Sampling:
             return
         other = {"remask": self.remasks, "cfg_scale": bool(self.cfg_scale)}
         other["schedule"] = isinstance(self.schedule_rule, Doubling)
+        other["order"] = self.learned
         for name in (n for n, used in other.items() if used):
             raise ValueError(
                 f"cache={self.cache!r} does not go with {name}={getattr(self, name)!r}: "
@@ -152,6 +157,19 @@ class Sampling:
         kind, _, every = self.cache.partition(":")
         default = 1 if kind == "none" else self.steps // self.blocks
         return Cache(kind, int(every) if every.isdigit() else default if not every else 0)
+
+    @property
+    def learned(self) -> bool:
+        """Whether an unmasking policy decides which positions are next."""
+        return isinstance(self.order_rule, Learned)
+
+    @property
+    def greedy(self) -> "Sampling":
+        """The same without noise on tokens, or on the positions that a policy chooses."""
+        order = self.order
+        if self.learned:
+            order = f"learned:0,{self.order_rule.top_k}" if self.order_rule.top_k else "learned"
+        return dataclasses.replace(self, temperature=0.0, order=order)
 
     @property
     def adaptive(self) -> bool:

@@ -1,7 +1,7 @@
 """Flax Linen modules and the door to them, `bind`."""
 
-from dmrl.models import heads
+from dmrl.models import heads, unmasking
 from dmrl.models.bind import bind
 from dmrl.models.llada import Config, init
 
-__all__ = ["Config", "bind", "heads", "init"]
+__all__ = ["Config", "bind", "heads", "init", "unmasking"]

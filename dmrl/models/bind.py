@@ -1,23 +1,25 @@
 """Parameters -> `Denoiser`: the only door between Flax and the rest of the house."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from dmrl.models import heads, llada, logprob
+from dmrl.models import heads, llada, logprob, unmasking
 from dmrl.types import Cached, Denoiser
 
 
 def bind(cfg: llada.Config, variables: Mapping[str, Any], keep_mask: bool = False) -> Denoiser:
-    """Closes a LLaDA's functions over `variables`: 'params' and maybe 'lora' and 'heads'.
+    """Closes a LLaDA's functions over `variables`: 'params', maybe 'lora', 'heads' and 'order'.
 
     The mask token is never a prediction: its logit is -inf and it leaves every normaliser,
     unless `keep_mask` (parity with code that keeps it).
     """
     module = llada.LLaDA(cfg)
-    network = {name: tree for name, tree in variables.items() if name != "heads"}
+    network = {name: tree for name, tree in variables.items() if name in ("params", "lora")}
     head = variables["params"]["head"]
     dropped = None if keep_mask else cfg.mask_token_id
 
@@ -44,6 +46,20 @@ def bind(cfg: llada.Config, variables: Mapping[str, Any], keep_mask: bool = Fals
         window = (jnp.asarray(start, jnp.int32), width)
         return jnp.asarray(module.apply(network, tokens, valid, store, window, method="extend"))
 
+    def order(
+        tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], start: Int[Array, ""], width: int
+    ) -> tuple[Float[Array, "b w d"], Callable[[Array], Array]]:
+        stream = module.apply(network, tokens, valid, method="trunk")
+        hidden = module.apply(network, stream, valid, (start, width), method="finish")
+        read = checkpoint_name(jax.lax.stop_gradient(stream), "order_input")
+
+        def score(features: Float[Array, "b w f"]) -> Float[Array, "b w"]:
+            own = {"params": variables["order"]}
+            policy = unmasking.network(cfg)
+            return jnp.asarray(policy.apply(own, read, valid, features, start))
+
+        return jnp.asarray(hidden), score
+
     def logits(hidden: Float[Array, "*lead d"]) -> Float[Array, "*lead v"]:
         return logprob.logits(hidden, head, dropped)
 
@@ -53,6 +69,14 @@ def bind(cfg: llada.Config, variables: Mapping[str, Any], keep_mask: bool = Fals
         return logprob.log_prob(hidden, head, labels, dropped)
 
     ids = (cfg.mask_token_id, cfg.eos_token_id)
-    cached = Cached(prefill, extend)
-    denoiser = Denoiser(encode, logits, log_prob, *ids, window=window, cached=cached)
+    learned = order if "order" in variables else None
+    denoiser = Denoiser(
+        encode,
+        logits,
+        log_prob,
+        *ids,
+        window=window,
+        order=learned,
+        cached=Cached(prefill, extend),
+    )
     return denoiser._replace(heads=heads.bind(variables.get("heads", {}), denoiser))

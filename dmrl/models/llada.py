@@ -296,7 +296,7 @@ class LLaDA(nn.Module):
     def __call__(
         self, tokens: Int[Array, "b s"], valid: Bool[Array, "b s"]
     ) -> Float[Array, "b s d"]:
-        x, _ = self.blocks(self._embedded(tokens), valid, self._turns(valid))
+        x, _ = self.blocks(self._embedded(tokens), valid, turns(self.cfg, valid))
         return self._normed(x, tokens.shape[0])
 
     def window(
@@ -323,29 +323,42 @@ class LLaDA(nn.Module):
         window: Window,
     ) -> Float[Array, "b w d"]:
         """`window`, with the keys and values of all other positions from `store`."""
-        turns, apply = self._turns(valid), self._layer(keep=False)
+        rotated, apply = turns(self.cfg, valid), self._layer(keep=False)
 
         def layer(x: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
             own = jax.tree.map(lambda leaf: leaf[number], store)
-            return apply(x, number, valid, turns, window, own)[0], None
+            return apply(x, number, valid, rotated, window, own)[0], None
 
         x, _ = jax.lax.scan(layer, self._embedded(cut(tokens, window)), self._numbers())
         return self._normed(x, tokens.shape[0])
 
+    def trunk(self, tokens: Int[Array, "b s"], valid: Bool[Array, "b s"]) -> Float[Array, "b s d"]:
+        """The residual stream that enters the last layer; not for differentiation."""
+        return self._to_last(tokens, valid, keep=False)[0].reshape(*tokens.shape, -1)
+
+    def finish(
+        self, stream: Float[Array, "b s d"], valid: Bool[Array, "b s"], window: Window
+    ) -> Float[Array, "b w d"]:
+        """`trunk` -> `window`: the last layer and the norm."""
+        x, last = stream.reshape(-1, self.cfg.d_model), self.cfg.n_layers - 1
+        x, _ = self._layer(keep=False)(x, last, valid, turns(self.cfg, valid), window)
+        return self._normed(x, valid.shape[0])
+
+    def _to_last(self, tokens: jax.Array, valid: jax.Array, keep: bool) -> tuple[jax.Array, Any]:
+        rotated, apply = turns(self.cfg, valid), self._layer(keep)
+        return jax.lax.scan(
+            lambda x, number: apply(x, number, valid, rotated),
+            self._embedded(tokens),
+            self._numbers()[:-1],
+            unroll=1 if self.cfg.remat != "none" else max(self.cfg.n_layers - 1, 1),
+        )
+
     def _to_window(
         self, tokens: jax.Array, valid: jax.Array, window: Window, keep: bool
     ) -> tuple[jax.Array, Any]:
-        turns, apply = self._turns(valid), self._layer(keep)
-        before, unroll = self.cfg.n_layers - 1, 1
-        if self.cfg.remat == "none":
-            unroll = max(before, 1)
-        x, early = jax.lax.scan(
-            lambda x, number: apply(x, number, valid, turns),
-            self._embedded(tokens),
-            self._numbers()[:-1],
-            unroll=unroll,
-        )
-        x, last = apply(x, before, valid, turns, window)
+        x, early = self._to_last(tokens, valid, keep)
+        before = self.cfg.n_layers - 1
+        x, last = self._layer(keep)(x, before, valid, turns(self.cfg, valid), window)
         stored = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), early, last)
         return self._normed(x, tokens.shape[0]), stored
 
@@ -372,16 +385,16 @@ class LLaDA(nn.Module):
         x = self.embedding[tokens.reshape(-1)].astype(self.cfg.dtype)
         return constrain(x, BATCH_AXES, None)
 
-    def _turns(self, valid: Bool[Array, "b s"]) -> Rotation:
-        if valid.shape[1] > self.cfg.max_sequence_length:
-            raise ValueError(
-                f"sequence of {valid.shape[1]} tokens exceeds {self.cfg.max_sequence_length=}"
-            )
-        positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
-        return rotation(positions, self.cfg.head_dim, self.cfg.rope_theta)
-
     def _normed(self, x: jax.Array, rows: int) -> jax.Array:
         return self.ln_f(x).reshape(rows, -1, self.cfg.d_model)
+
+
+def turns(cfg: Config, valid: Bool[Array, "b s"]) -> Rotation:
+    """The rotations of all positions, which count from a row's first valid one."""
+    if valid.shape[1] > cfg.max_sequence_length:
+        raise ValueError(f"sequence of {valid.shape[1]} tokens exceeds {cfg.max_sequence_length=}")
+    positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
+    return rotation(positions, cfg.head_dim, cfg.rope_theta)
 
 
 def init(cfg: Config, key: jax.Array) -> dict[str, Any]:

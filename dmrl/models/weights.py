@@ -26,6 +26,7 @@ import numpy as np
 import tensorstore as ts
 from flax import traverse_util
 
+from dmrl.models import unmasking
 from dmrl.models.llada import Config, init
 
 CHUNK = 1024
@@ -49,7 +50,12 @@ def leaves(cfg: Config, collection: str = "params") -> dict[str, jax.ShapeDtypeS
 
     Raises ValueError where the model has no such collection (`lora` with lora_rank=0).
     """
-    shapes = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+
+    def all_of_them() -> dict[str, Any]:
+        key = jax.random.key(0)
+        return {**init(cfg, key), "order": unmasking.init(cfg, key)}
+
+    shapes = jax.eval_shape(all_of_them)
     if collection not in shapes:
         raise ValueError(f"a model with lora_rank={cfg.lora_rank} has no {collection!r} collection")
     return traverse_util.flatten_dict(shapes[collection], sep="/")
@@ -187,7 +193,7 @@ def _read_slice(store: ts.TensorStore, index: tuple[slice, ...]) -> np.ndarray:
 
 
 def collection_in(directory: str | os.PathLike[str]) -> str:
-    """What a checkpoint holds: 'params' or 'lora'.
+    """What a checkpoint holds: 'params', 'lora' or 'order'.
 
     Raises FileNotFoundError where there is none.
     """

@@ -44,6 +44,8 @@ EXTRAS = {
         "ruff>=0.14",
         "mypy>=1.18",
         "matplotlib>=3.9",  # figures of benchmarks and notebooks
+        "nbclient>=0.10",  # runs the notebooks
+        "ipykernel>=6.29",
     ],
 }
 

@@ -32,6 +32,9 @@ class Asked:
     block: int = 0
     """Block length; 0: 32, or the recipe's where its length is taken."""
     temperature: float = 0.0
+    orders: tuple[str, ...] = ()
+    """Each gives a result of every length; (): the recipe's, without its noise if `temperature`
+    is 0."""
     samples: int = 1
     """Completions of each question."""
     size: int = 0
@@ -62,7 +65,7 @@ class Measured(NamedTuple):
 
 
 def samplings(recipe: Recipe, asked: Asked) -> list[Sampling]:
-    """How to decode at each length.
+    """How to decode at each length, in each order.
 
     Raises:
       ValueError: lengths, steps and blocks that do not fit together, or a length that is not
@@ -72,6 +75,7 @@ def samplings(recipe: Recipe, asked: Asked) -> list[Sampling]:
     kept = own.length < min(LENGTHS) or recipe.task.template(_first(recipe, asked)) is not None
     lengths = asked.lengths or ((own.length,) if kept else LENGTHS)
     block = asked.block or (own.block_length if kept else BLOCK)
+    orders = asked.orders or ((own if asked.temperature else own.greedy).order,)
     return [
         dataclasses.replace(
             own,
@@ -79,8 +83,10 @@ def samplings(recipe: Recipe, asked: Asked) -> list[Sampling]:
             steps=asked.steps or max(length // 2, 1),
             block_length=block,
             temperature=asked.temperature,
+            order=order,
         )
         for length in lengths
+        for order in orders
     ]
 
 

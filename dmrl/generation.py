@@ -33,6 +33,7 @@ def sampling(
         steps=steps or own.steps,
         block_length=block or own.block_length,
         temperature=temperature,
+        order=(own if temperature else own.greedy).order,
     )
 
 

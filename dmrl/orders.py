@@ -1,7 +1,9 @@
 """A run's learned order: fresh, warm-started by imitation, on disk, beside another denoiser."""
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ import jax
 import numpy as np
 
 from dmrl import data, models, optim, parallel
+from dmrl.diffusion.sampler import Sampling
 from dmrl.held import Evaluated, Held
 from dmrl.models import weights
+from dmrl.policy import Policy
 from dmrl.programs import Programs, TrainState, make_term, needs
 from dmrl.recipe import Recipe
 from dmrl.stages import StepResult, check_shared
@@ -59,6 +63,25 @@ def load(place: str, model: models.Config, mesh: Any) -> Any:
     return weights.load_weights(
         place, parallel.shardings(mesh, {"order": shapes})["order"], FOLDER
     )[1]
+
+
+def beside(
+    policy: Policy, places: Sequence[str], decoders: Iterable[Sampling], mesh: Any
+) -> Policy:
+    """`policy` with the order of the first of `places` that has one, if a decoder asks for it.
+
+    Raises ValueError, or as `load` does, where there is none that fits.
+    """
+    if not any(decoder.learned for decoder in decoders):
+        return policy
+    for place in places:
+        with contextlib.suppress(FileNotFoundError):
+            own = load(place, policy.model, mesh)
+            return policy._replace(trainable={**policy.trainable, FOLDER: own})
+    raise ValueError(
+        f"no trained order in {' or '.join(places)}: name a run that trained one "
+        "(--order_from=DIR), or another --order"
+    )
 
 
 SHAPE = ("d_model", "n_heads", "n_kv_heads", "mlp_hidden_size", "rope_theta", "mask_token_id")

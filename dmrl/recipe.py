@@ -214,24 +214,6 @@ def build(config: Mapping[str, Any]) -> Recipe:
     )
 
 
-def _buckets(config: Mapping[str, Any]) -> tuple[int, ...]:
-    buckets, most = tuple(config.get("prompt_buckets", ())), config["max_prompt_length"]
-    if list(buckets) != sorted({b for b in buckets if 0 < b < most}):
-        raise ValueError(
-            f"prompt_buckets={buckets}: give rising lengths below max_prompt_length={most}"
-        )
-    return buckets
-
-
-def _long_prompts(config: Mapping[str, Any]) -> str:
-    rule: str = config.get("long_prompts", data.LONG_PROMPTS[0])
-    if rule not in data.LONG_PROMPTS:
-        raise ValueError(f"long_prompts={rule!r}: choose one of {', '.join(data.LONG_PROMPTS)}")
-    if rule == "cut" and config["preferences"]:
-        raise ValueError("long_prompts='cut' is for rollouts; shorten the prompts of preferences")
-    return rule
-
-
 def _check_sampling(terms: Sequence[Term], sampling: Sampling) -> None:
     """Raises ValueError where a term reads from a rollout what this sampler does not tell."""
     per_step = [t.name for t in terms if getattr(t.algorithm, "READS_REVEAL_STEP", False)]
@@ -287,6 +269,24 @@ def _check_order(terms: Sequence[Term], sampling: Sampling, model: models.Config
                 f"terms.{term.name}.top_k={wanted}, but sampling.order={sampling.order!r}: give "
                 f"it the same K, 'learned:{sampling.order_rule.temperature},{wanted}'"
             )
+
+
+def _buckets(config: Mapping[str, Any]) -> tuple[int, ...]:
+    buckets, most = tuple(config.get("prompt_buckets", ())), config["max_prompt_length"]
+    if list(buckets) != sorted({b for b in buckets if 0 < b < most}):
+        raise ValueError(
+            f"prompt_buckets={buckets}: give rising lengths below max_prompt_length={most}"
+        )
+    return buckets
+
+
+def _long_prompts(config: Mapping[str, Any]) -> str:
+    rule: str = config.get("long_prompts", data.LONG_PROMPTS[0])
+    if rule not in data.LONG_PROMPTS:
+        raise ValueError(f"long_prompts={rule!r}: choose one of {', '.join(data.LONG_PROMPTS)}")
+    if rule == "cut" and config["preferences"]:
+        raise ValueError("long_prompts='cut' is for rollouts; shorten the prompts of preferences")
+    return rule
 
 
 def _check_preferences(config: Mapping[str, Any], terms: Sequence[Term], rescue: Rescue) -> None:

@@ -89,17 +89,19 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
 def encode_template(tokenizer: Any, template: str | None, length: int, mask_id: int) -> list[int]:
     """`length` ids with the mask at every BLANK; all masked if `template` is None.
 
+    EOS follows a shorter one: not every board of a size has as many tokens in every tokenizer.
+
     Raises:
-      ValueError: the template is not `length` tokens long.
+      ValueError: the template is longer than `length` tokens.
     """
     if template is None:
         return [mask_id] * length
     ids: list[int] = []
     for piece in _split_blanks(template):
         ids += [mask_id] * len(piece) if piece[0] == BLANK else encode(tokenizer, piece)
-    if len(ids) != length:
+    if len(ids) > length:
         raise ValueError(f"template {template!r} is {len(ids)} tokens, the completion {length}")
-    return ids
+    return ids + [tokenizer.eos_token_id] * (length - len(ids))
 
 
 def _split_blanks(template: str) -> list[str]:

@@ -3,6 +3,8 @@
     python launch/evaluate.py --checkpoint=runs/mine                      # a run of launch/train.py
     python launch/evaluate.py --config=configs/spg.py:gsm8k --checkpoint=CKPT_DIR --lengths=128,256
     python launch/evaluate.py --checkpoint=runs/mine --samples=4 --temperature=0.9     # pass@k
+    python launch/evaluate.py --checkpoint=runs/mine --order=learned --order_from=runs/upo \
+        --order=margin --order=entropy
     python launch/evaluate.py --compare DIR_A DIR_B
     python launch/evaluate.py --task=gsm8k --generations=FILE.jsonl [--protocol=d1]
 
@@ -35,6 +37,8 @@ SPLIT = flags.DEFINE_string("split", "test", "Split of the task")
 LENGTHS = flags.DEFINE_list("lengths", None, "Completion lengths; default 128,256,512")
 STEPS = flags.DEFINE_integer("steps", 0, "Denoising steps; default half the length")
 BLOCK = flags.DEFINE_integer("block", 0, "Block length; default 32")
+ORDER = flags.DEFINE_multi_string("order", [], "Which positions next; may be repeated")
+ORDER_FROM = flags.DEFINE_string("order_from", None, "Of --order=learned: the run that trained it")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 decodes greedily")
 SAMPLES = flags.DEFINE_integer("samples", 1, "Completions of each question, for pass@k")
 SIZE = flags.DEFINE_integer("size", 0, "Questions, the first of the split; default all")
@@ -97,7 +101,7 @@ def decode() -> None:
     """Decodes the split at every length and writes results."""
     import jax
 
-    from dmrl import accuracy, parallel, policy, processes, recipe, trainer
+    from dmrl import accuracy, orders, parallel, policy, processes, recipe, trainer
 
     logging.getLogger("jax").setLevel(logging.WARNING)
     processes.join()
@@ -108,6 +112,7 @@ def decode() -> None:
         steps=STEPS.value,
         block=BLOCK.value,
         temperature=TEMPERATURE.value,
+        orders=tuple(ORDER.value),
         samples=SAMPLES.value,
         size=SIZE.value,
         batch=BATCH.value,
@@ -120,9 +125,12 @@ def decode() -> None:
     base = trainer.initial_weights(made, mesh)[1] if fresh else made.init_from
     loaded = policy.load(CHECKPOINT.value, base, mesh)
     accuracy.agrees(made, loaded)
+    trained = list(filter(None, (ORDER_FROM.value, CHECKPOINT.value)))
+    loaded = orders.beside(loaded, trained, decoders, mesh)
     out = Path(OUT.value or f"{policy.folder(CHECKPOINT.value).rstrip('/')}-{SPLIT.value}")
     about = {
         "checkpoint": CHECKPOINT.value,
+        "order_from": ORDER_FROM.value,
         "device": f"{jax.devices()[0].device_kind} x{jax.device_count()}",
     }
     found: list[dict[str, Any]] = []
@@ -159,7 +167,7 @@ def save(
     """The generations of the last result, and all results so far."""
     out.mkdir(parents=True, exist_ok=True)
     last = found[-1]
-    name = f"generations_{last['protocol']['length']}.jsonl"
+    name = f"generations_{named(last['protocol'], '_')}.jsonl"
     last["generations"] = name
     text = "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows)
     (out / name).write_text(text, encoding="utf-8")
@@ -168,11 +176,17 @@ def save(
     partial.replace(out / "results.json")
 
 
+def named(protocol: dict[str, Any], between: str) -> str:
+    """What tells the results of one command apart: length, and order where asked for."""
+    order = f"{between}{protocol['order'].replace(':', '-')}" if ORDER.value else ""
+    return f"{protocol['length']}{order}"
+
+
 def line(result: dict[str, Any]) -> str:
     """A result as it is printed."""
     from dmrl import results
 
-    told = [f"length {result['protocol']['length']}: {results.shown(result)} %"]
+    told = [f"length {named(result['protocol'], ', ')}: {results.shown(result)} %"]
     told += [f"pass@{k} {100 * v:.1f} %" for k, v in result.get("pass_at", {}).items()]
     told.append(f"mean length {result['mean_length']:.1f}")
     speed = result["tokens_per_s"]

@@ -4,6 +4,7 @@
     python launch/generate.py --checkpoint=CKPT_DIR --tokenizer=HF_DIR --length=256 < prompts.txt
     python launch/generate.py --checkpoint=runs/mine/weights --prompts=FILE.jsonl --samples=4 \\
         --temperature=0.9 --out=completions.jsonl
+    python launch/generate.py --checkpoint=runs/mine --decode=order=learned --order_from=runs/upo
     python launch/generate.py --checkpoint=runs/mine --compare=runs/other --prompts=FILE.jsonl \\
         --trace=trace.html
 
@@ -39,6 +40,7 @@ PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, - for standard 
 LENGTH = flags.DEFINE_integer("length", None, "Tokens of a completion; default the run's, or 256")
 STEPS = flags.DEFINE_integer("steps", None, "Denoising steps; default the run's, or length/2")
 BLOCK = flags.DEFINE_integer("block", None, "Block length; default the run's, or 32")
+ORDER_FROM = flags.DEFINE_string("order_from", None, "Of order=learned: the run that trained it")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 decodes greedily")
 SAMPLES = flags.DEFINE_integer("samples", 1, "Completions of each prompt", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch", 16, "Prompts at a time; changes no result", lower_bound=1)
@@ -135,9 +137,12 @@ def decoded(
     checkpoint: str, rows: list[dict[str, Any]], decoder: Any
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows with the completions of a policy, and their traces if there is to be a page."""
-    from dmrl import decoding, generation, trace
+    from dmrl import decoding, generation, orders, trace
 
     ready = decoding.opened(checkpoint, TOKENIZER.value or "", BASE.value or "")
+    trained = list(filter(None, (ORDER_FROM.value, checkpoint)))
+    policy = orders.beside(ready.policy, trained, [decoder], ready.mesh)
+    ready = ready._replace(policy=policy)
     size = (SAMPLES.value, BATCH.value, SEED.value)
     batches = list(generation.complete(ready, rows, decoder, *size))
     lines = [line for found, _ in batches for line in found]

@@ -20,6 +20,7 @@ SMALL = TINY | {
     "steps": 2,
     "checkpoint_every": 1,
     "warm_start.steps": 0,
+    "imitation.steps": 0,
     "evaluation.every": 0,
     # Few empty cells: a policy that knows nothing is right often enough to tell rewards apart.
     "task.blanks": (2, 4),
@@ -59,6 +60,8 @@ def small(name, **overrides):
     for term in made.terms.values():
         if "block_length" in term:
             term.block_length = 16
+        if "steps" in term:
+            term.steps = made.sampling.steps
     if made.phase_steps:
         made.phase_steps = 1
     return made.to_dict()

@@ -124,7 +124,17 @@ def test_drawn_board_is_scored_cell_by_cell_and_only_as_drawn():
         assert task.score(PUZZLE, spoiled)["solved"] == 0.0, spoiled
 
 
-@pytest.mark.parametrize("style", ["compact", "grid", "published"])
+def test_the_template_style_asks_and_gives_the_answer_but_for_its_empty_cells():
+    task = tasks.load("sudoku", style="template", held_out_size=1)
+    example = task.examples("test")[0]
+    assert example.puzzle in task.prompt(example)
+    template = task.template(example)
+    assert template == f"<answer>\n{example.puzzle.replace('0', tasks.BLANK)}\n</answer>"
+    assert template.count(tasks.BLANK) == task.empty(example)
+    assert task.score(example, template.replace(tasks.BLANK, "1"))["solved"] == 0
+
+
+@pytest.mark.parametrize("style", ["compact", "grid", "template", "published"])
 def test_reference_answers_solve_the_board(style):
     task = tasks.load("sudoku", style=style, held_out_size=20)
     for example in task.examples("validation"):

@@ -180,9 +180,10 @@ def test_templates_have_masks_where_they_are_blank(template, ids):
         assert tokenizer.decode(DIGITS, np.array([ids]), MASK, EOS) == [template]
 
 
-def test_a_template_of_another_length_is_refused():
-    with pytest.raises(ValueError, match="template '12_' is 3 tokens, the completion 4"):
-        tokenizer.encode_template(DIGITS, "12_", 4, MASK)
+def test_a_longer_template_is_refused_and_a_shorter_one_ends():
+    with pytest.raises(ValueError, match="template '12_' is 3 tokens, the completion 2"):
+        tokenizer.encode_template(DIGITS, "12_", 2, MASK)
+    assert tokenizer.encode_template(DIGITS, "12_", 5, MASK) == [2, 3, 0, EOS, EOS]
 
 
 def test_decoding_stops_at_the_first_eos_and_shows_masks_as_blanks():

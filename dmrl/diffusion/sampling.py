@@ -95,7 +95,7 @@ class Sampling:
             )
         if self.learned and self.cfg_scale:
             raise ValueError(
-                f"order={self.order!r} reads the model unguided: set cfg_scale={self.cfg_scale} to 0"
+                f"order={self.order!r} reads no guidance: set cfg_scale={self.cfg_scale} to 0"
             )
         if self.adaptive and self.remasks:
             raise ValueError(

@@ -100,7 +100,8 @@ class Task:
     style: str = "compact"
     """'compact': no prompt, the board's characters are the template. 'grid': the same with
     lines drawn between rows and boxes, 29 characters for 4x4; a small model learns the rules
-    from it far sooner. 'published': d1's format, rules and puzzle in the prompt, free text with an
+    from it far sooner. 'template': rules and puzzle in the prompt, the <answer> given but for its
+    empty cells (UPO). 'published': d1's format, rules and puzzle in the prompt, free text with an
     <answer> in the completion."""
     reward: str = "board"
     """'board': 1 for a board that keeps the givens and obeys the rules, else 0.
@@ -131,7 +132,7 @@ class Task:
     """Directory holding sudoku/*.csv for the published splits; default $DMRL_DATA."""
 
     def __post_init__(self) -> None:
-        one_of("style", self.style, ("compact", "grid", "published"))
+        one_of("style", self.style, ("compact", "grid", "template", "published"))
         one_of("reward", self.reward, ("board", "cells"))
         one_of("protocol", self.protocol, PROTOCOLS)
         if self.size not in (4, 9):
@@ -154,7 +155,7 @@ class Task:
     def alphabet(self) -> str:
         """Digits and lines of the board, or printable ASCII for the published prompts."""
         lines, digits = "".join(sorted(set(_lines(self._cells).values()))), _digits(self.size)
-        return {"compact": digits, "grid": digits + lines, "published": TEXT}[self.style]
+        return {"compact": digits, "grid": digits + lines}.get(self.style, TEXT)
 
     @property
     def _cells(self) -> int:
@@ -209,8 +210,8 @@ class Task:
         return Example(puzzle, solution)
 
     def prompt(self, example: Example) -> str:
-        """Empty unless published: the template says it all."""
-        if self.style != "published":
+        """Empty where the template says it all."""
+        if self.style not in ("published", "template"):
             return ""
         digits, box = ", ".join(_digits(self.size)), math.isqrt(self.size)
         digits = " and ".join(digits.rsplit(", ", 1))
@@ -219,7 +220,8 @@ class Task:
         if self.shots:
             shots = "\n".join(map(shown, SHOTS[: self.shots]))
             asked = f"{shots}\nQuestion:\n{asked}Answer:\n"
-        return f"{FORMAT}\n{_PROMPT.format(**values)}{asked}"
+        asked = f"{_PROMPT.format(**values)}{asked}"
+        return f"{FORMAT}\n{asked}" if self.style == "published" else asked
 
     def _nine(self, split: str) -> list[Example]:
         """9x9 puzzles, some 0.05 s each."""
@@ -243,9 +245,7 @@ class Task:
 
     def answer(self, example: Example) -> str:
         """The solved board, in <answer> tags in the published style."""
-        if self.style != "published":
-            return self._drawn(example.solution)
-        return f"<answer>\n{example.solution}\n</answer>"
+        return self._drawn(example.solution)
 
     def trace(self, example: Example) -> list[tuple[str, bool]]:
         """The answer in pieces; the empty cells, one a piece, may be given away (not all)."""
@@ -301,11 +301,13 @@ class Task:
         return Example(found[-1], str(truth))
 
     def _drawn(self, board: str) -> str:
+        if self.style in ("published", "template"):
+            return f"<answer>\n{board}\n</answer>"
         return _drawing(self._cells).format(*board) if self.style == "grid" else board
 
     def _board(self, completion: str) -> str:
         """The cells of a completion in order; "" where the lines are not as drawn."""
-        if self.style == "published":
+        if self.style in ("published", "template"):
             paper = self.protocol == "paper"
             return _published_board(finished(completion) if paper else completion, self._cells)
         if self.style == "compact":

@@ -5,13 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from dmrl import models
 from dmrl.models import llada, unmasking
 from dmrl.types import FLAGS, TOP
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 CFG = models.Config(
     vocab_size=12,

@@ -29,7 +29,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2"],
     "cuda": ["jax[cuda13]>=0.10.2"],
     "hf": ["datasets>=4.0", "huggingface_hub>=1.0"],
-    "eval": ["math-verify>=0.9.0"],
+    "eval": ["math-verify>=0.9.0", "lm-eval>=0.4.13"],
     "tfds": ["tensorflow-datasets>=4.9.9", "array-record>=0.7"],
     "tensorboard": ["tensorboardX>=2.6"],
     "wandb": ["wandb>=0.20"],
@@ -44,6 +44,8 @@ EXTRAS = {
         "ruff>=0.14",
         "mypy>=1.18",
         "matplotlib>=3.9",  # figures of benchmarks and notebooks
+        "nbclient>=0.10",  # runs the notebooks
+        "ipykernel>=6.29",
     ],
 }
 

@@ -6,6 +6,7 @@ says which terms it trains there, and what its paper does differently.
 
 import dataclasses
 import typing
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -43,6 +44,7 @@ def base(
     tokenizer: str,
     model: ConfigDict,
     max_prompt_length: int,
+    prompt_buckets: tuple[int, ...] = (),
     sampling: ConfigDict,
     terms: dict[str, ConfigDict],
     optimizer: ConfigDict,
@@ -61,6 +63,8 @@ def base(
             "tokenizer": tokenizer,
             "model": model,
             "max_prompt_length": max_prompt_length,
+            "prompt_buckets": prompt_buckets,
+            "long_prompts": "refuse",
             "sampling": sampling,
             "terms": ConfigDict(terms, sort_keys=False),
             "optimizer": optimizer,
@@ -172,6 +176,7 @@ def tiny_text(
     """
     made = tiny_sudoku(terms, steps=steps)
     made.task, made.max_prompt_length = task, prompt_length
+    made.model.max_sequence_length = prompt_length + length
     made.sampling.update({"length": length, "block_length": length, "steps": length // 2})
     made.warm_start.target = target
     made.warm_start.steps = 2000  # at most
@@ -183,6 +188,32 @@ def tiny_countdown(terms: dict[str, ConfigDict]) -> ConfigDict:
     """Countdown of three numbers up to 20 by a small model: minutes on a laptop."""
     task = make_task("countdown", numbers=(3, 3), values=(1, 20), targets=(1, 40))
     return tiny_text(task, terms, prompt_length=12, length=12)  # "20,20,20=40:", "(20+20)/20"
+
+
+def tiny_gsm8k(terms: dict[str, ConfigDict]) -> ConfigDict:
+    """One operation in words, GSM8K's form and reader, no problem of its own."""
+    task = make_task("gsm8k", style="compact", source="easy", equality="string", held_out_size=256)
+    return tiny_text(task, terms, prompt_length=31, length=17, steps=100, target=0.1)
+
+
+def tiny_math(terms: dict[str, ConfigDict]) -> ConfigDict:
+    """Fractions, linear equations and binomials, MATH's form and reader, no problem of its own."""
+    task = make_task(
+        "math500", style="compact", source="easy", equality="string", held_out_size=256
+    )
+    return tiny_text(task, terms, prompt_length=24, length=21, steps=100, target=0.1)
+
+
+def tiny_texts(
+    terms: Callable[[int], dict[str, ConfigDict]],
+) -> dict[str, Callable[[], ConfigDict]]:
+    """The presets `tiny_countdown`, `tiny_gsm8k` and `tiny_math`: the three above, whose
+    completions are one block; `terms` gives the objective for blocks of that length."""
+    return {
+        "tiny_countdown": lambda: tiny_countdown(terms(12)),
+        "tiny_gsm8k": lambda: tiny_gsm8k(terms(17)),
+        "tiny_math": lambda: tiny_math(terms(21)),
+    }
 
 
 def llada_8b(
@@ -197,8 +228,10 @@ def llada_8b(
     LoRA of rank 128, 256 tokens in 128 steps and blocks of 32, 16 prompts of 6 completions,
     AdamW 3e-6 (the dataclass's defaults). `optimizer`, `sampling` and `loop` override values.
     Up to 256 tokens of a prompt, of mathematics 1,024: some problems come with drawings in code,
-    which d1 cuts to their last 200 tokens.
+    while most batches fit the buckets of 256 and 512; d1 cuts prompts to their last 200 tokens
+    (max_prompt_length=200, long_prompts=cut). With worked examples up to SPG's 1,500.
     """
+    longest = 1024 if task.name == "math500" else 256
     decoding = {"length": 256, "steps": 128, "block_length": 32, "temperature": 0.9}
     stage = {"prompts_per_step": 16, "num_generations": 6, "microbatches": 4, "rollout_chunks": 4}
     stage |= {"checkpoint_every": 10}
@@ -206,7 +239,8 @@ def llada_8b(
         task=task,
         tokenizer="",  # the folder of model.init_from, unless named
         model=make_model(lora_rank=128, lora_alpha=64.0),
-        max_prompt_length=1024 if task.name == "math500" else 256,
+        max_prompt_length=1500 if task.get("shots") else longest,
+        prompt_buckets=(256, 512) if task.name == "math500" else (),
         sampling=section(Sampling, **(decoding | (sampling or {}))),
         terms=terms,
         optimizer=section(optim.Optimizer, **(optimizer or {})),
@@ -216,11 +250,12 @@ def llada_8b(
     )
 
 
-def published(task: str) -> ConfigDict:
+def published(task: str, shots: int = 0) -> ConfigDict:
     """A task in d1's wording with the published reward: `sudoku`, `countdown` (3 numbers),
-    `gsm8k` or `math`. The last two need their published files (`data_dir`) or a `source`."""
+    `gsm8k` or `math`. The last two need their published files (`data_dir`) or a `source`.
+    `shots`: of Sudoku, SPG's worked examples."""
     if task == "sudoku":
-        return make_task("sudoku", style="published", reward="cells")
+        return make_task("sudoku", style="published", reward="cells", shots=shots)
     if task == "countdown":
         return make_task("countdown", style="published", numbers=(3, 3))
     return make_task({"gsm8k": "gsm8k", "math": "math500"}[task], style="published")
@@ -246,7 +281,7 @@ __all__ = [
     "published",
     "section",
     "term",
-    "tiny_countdown",
     "tiny_sudoku",
     "tiny_text",
+    "tiny_texts",
 ]

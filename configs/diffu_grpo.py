@@ -5,7 +5,9 @@
         --config.model.init_from=CKPT_DIR --config.tokenizer=HF_DIR
 
 tiny: the drawn 4x4 Sudoku of configs/common.py, our own setting; measured in docs/methods.md.
-tiny_countdown: three numbers up to 20, likewise our own.
+tiny_countdown, tiny_gsm8k, tiny_math: three numbers up to 20, and generated problems of one
+operation in the form of GSM8K and of MATH (dmrl/tasks/problems.py), by a model from scratch: our
+own, without a download; they say nothing about the published benchmarks.
 
 sudoku, countdown, gsm8k, math: LLaDA-8B-Instruct as d1 trains it, 256 tokens, 8 A100-80G.
 Published (best checkpoint on test, 128 / 256 / 512 tokens): Sudoku 18.4 / 12.9 / 11.0 % of empty
@@ -22,19 +24,16 @@ from configs.common import term
 
 def get_config(arg=None):
     presets = {"tiny": tiny, "sudoku": sudoku, "countdown": countdown, "gsm8k": gsm8k}
-    return common.preset(arg, presets | {"math": math, "tiny_countdown": tiny_countdown})
+    return common.preset(arg, presets | {"math": math} | common.tiny_texts(lambda _: _tiny_terms()))
 
 
 def tiny():
-    return common.tiny_sudoku(
-        {"diffu_grpo": term("diffu_grpo", 1.0, p_mask_prompt=0.0, beta=0.0, divide_by_std=True)}
-    )
+    return common.tiny_sudoku(_tiny_terms())
 
 
-def tiny_countdown():
-    return common.tiny_countdown(
-        {"diffu_grpo": term("diffu_grpo", 1.0, p_mask_prompt=0.0, beta=0.0, divide_by_std=True)}
-    )
+def _tiny_terms():
+    unbiased = {"p_mask_prompt": 0.0, "beta": 0.0}
+    return {"diffu_grpo": term("diffu_grpo", 1.0, divide_by_std=True, **unbiased)}
 
 
 def sudoku():

@@ -1,4 +1,10 @@
-"""Prompts and supervised examples as seeded, resumable grain pipelines."""
+"""Prompts and supervised examples as seeded, resumable grain pipelines.
+
+A batch is padded to one of a few lengths ("buckets"), the one that its longest prompt needs.
+Which examples meet in a batch does not depend on the buckets: sorting them by length would train
+on short and on long prompts in turns, and a resumed iterator would have to remember what it holds
+back.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -9,6 +15,10 @@ import numpy as np
 from dmrl import tokenizer as tokenization
 from dmrl.tasks import Task
 
+LONG_PROMPTS = ("refuse", "cut")
+"""'refuse': the run does not start, and says how many there are. 'cut': as d1 and SPG do, only the
+last tokens remain, chat template included, so that such a prompt begins in its middle."""
+
 
 class Prompts(NamedTuple):
     """A split, tokenized once: arrays over its N examples."""
@@ -17,6 +27,40 @@ class Prompts(NamedTuple):
     prompt: np.ndarray  # [N, P] int32, padded on the left
     prompt_valid: np.ndarray  # [N, P] bool
     template: np.ndarray  # [N, L] int32, the mask token where the model fills
+    buckets: tuple[int, ...] = ()
+    """Lengths below P to which a batch of short prompts is padded instead."""
+    cut: int = 0
+    """Prompts that lost their beginning."""
+
+    def rows(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(prompt, prompt_valid, template) of a batch of examples, in its bucket."""
+        prompt, valid = bucketed(self.prompt[index], self.prompt_valid[index], self.buckets)
+        return prompt, valid, self.template[index]
+
+    def first(self, size: int) -> "Prompts":
+        """The first `size` examples."""
+        return self._replace(
+            examples=self.examples[:size],
+            prompt=self.prompt[:size],
+            prompt_valid=self.prompt_valid[:size],
+            template=self.template[:size],
+        )
+
+
+def bucketed(
+    prompt: np.ndarray, valid: np.ndarray, buckets: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Left-padded prompts [B,P] and their mask, cut to the least of `buckets` that holds the
+    longest of them; as they are where none does.
+
+    Only padding goes, which no result depends on but for the rounding of float sums: positions
+    count from the first real token, padding is no key, and noise counts prompts from their end.
+    A program compiles once for every length that occurs, at most len(buckets) + 1.
+    """
+    width = prompt.shape[1]
+    longest = int(valid.sum(axis=1).max(initial=0))
+    width -= min((b for b in buckets if longest <= b < width), default=width)
+    return prompt[:, width:], valid[:, width:]
 
 
 def tokenize(
@@ -28,10 +72,13 @@ def tokenize(
     mask_id: int,
     prefill: str = "",
     size: int | None = None,
+    buckets: tuple[int, ...] = (),
+    long_prompts: str = "refuse",
 ) -> Prompts:
     """All prompts and templates of a split, or those of its first `size` examples.
 
     `prompt_length` None: that of the longest prompt. `prefill` begins the assistant's turn.
+    `long_prompts`: what becomes of a prompt that is longer than `prompt_length`, see LONG_PROMPTS.
 
     Raises:
       ValueError: the split is empty, a prompt is longer than `prompt_length`, or a template is
@@ -44,6 +91,10 @@ def tokenize(
     rows = [tokenization.encode_prompt(tokenizer, task.prompt(e)) + begun for e in examples]
     if prompt_length is None:
         prompt_length = max(map(len, rows))
+    cut = 0
+    if long_prompts == "cut":
+        cut = sum(len(row) > prompt_length for row in rows)
+        rows = [row[max(len(row) - prompt_length, 0) :] for row in rows]
     prompt, valid = tokenization.pad_left(rows, prompt_length, tokenizer.pad_token_id)
     template = np.array(
         [
@@ -52,7 +103,7 @@ def tokenize(
         ],
         np.int32,
     )
-    return Prompts(examples, prompt, valid, template)
+    return Prompts(examples, prompt, valid, template, buckets, cut)
 
 
 def answers(task: Task, tokenizer: Any, prompts: Prompts, eos_id: int) -> np.ndarray:

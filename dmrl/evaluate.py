@@ -1,5 +1,6 @@
 """Decode a held-out split and score it: yields (name, value) for every setting."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -26,9 +27,12 @@ class Decoded(NamedTuple):
 
 
 def setting_name(sampling: Sampling) -> str:
-    """`greedy_16` or `sampled_4_random`: how tokens are drawn, in how many steps, what order."""
-    order = "" if sampling.order == "low_confidence" else f"_{sampling.order}"
-    return f"{'sampled' if sampling.temperature else 'greedy'}_{sampling.steps}{order}"
+    """`greedy_16` or `sampled_4_random_rcr`: how tokens are drawn, in how many steps, and by which
+    order, schedule, remasking and cache where they are not the usual ones."""
+    usual = {f.name: f.default for f in dataclasses.fields(Sampling)}
+    rules = {name: getattr(sampling, name) for name in ("order", "schedule", "remask", "cache")}
+    others = [rule for name, rule in rules.items() if rule != usual[name]]
+    return "_".join(["sampled" if sampling.temperature else "greedy", str(sampling.steps), *others])
 
 
 def decode(
@@ -49,7 +53,7 @@ def decode(
     seconds: list[float] = []
     size = programs.group_size
     for index, real in data.in_order(len(prompts.examples), batch):
-        rows = tuple(x[index] for x in prompts[1:])
+        rows = prompts.rows(index)
         start = time.perf_counter()
         rollout, _ = programs.rollout(trainable, frozen, rows, int(index[0]) * size, key)
         rollout = parallel.gather(rollout)

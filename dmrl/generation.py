@@ -4,13 +4,11 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from dmrl import data, evaluate, optim, parallel, tokenizer, trace
-from dmrl.diffusion.sampler import Sampling
-from dmrl.policy import Policy
-from dmrl.programs import Programs
+from dmrl import decoding, evaluate, tokenizer, trace
+from dmrl.decoding import Ready
+from dmrl.diffusion.sampling import Sampling
 from dmrl.types import Rollout
 
 
@@ -20,7 +18,6 @@ def sampling(
     steps: int | None,
     block: int | None,
     temperature: float,
-    order: str | None = None,
 ) -> Sampling:
     """How to decode: what is asked for, else as the run does, else 256 tokens in blocks of 32
     and half as many steps.
@@ -36,14 +33,33 @@ def sampling(
         steps=steps or own.steps,
         block_length=block or own.block_length,
         temperature=temperature,
-        order=order or (own if temperature else own.greedy).order,
+        order=(own if temperature else own.greedy).order,
     )
 
 
+def with_options(decoder: Sampling, options: Sequence[str]) -> Sampling:
+    """`decoder` with further options, each a text `key=value`: `order=random`, `remask=rcr`.
+
+    Raises:
+      ValueError: no such option, a value of another kind, or options that exclude each other.
+    """
+    types = {
+        field.name: type(getattr(decoder, field.name)) for field in dataclasses.fields(decoder)
+    }
+    values = {}
+    for option in options:
+        name, _, text = option.partition("=")
+        if name not in types or not text:
+            raise ValueError(f"{option!r} is no KEY=VALUE with a key of {', '.join(types)}")
+        try:
+            values[name] = types[name](text)
+        except ValueError:
+            raise ValueError(f"{name}={text!r} is no {types[name].__name__}") from None
+    return dataclasses.replace(decoder, **values)
+
+
 def complete(
-    policy: Policy,
-    mesh: Any,
-    tok: Any,
+    ready: Ready,
     rows: Sequence[Mapping[str, Any]],
     decoder: Sampling,
     samples: int,
@@ -60,33 +76,16 @@ def complete(
     Raises:
       ValueError: a template of another length, or more tokens than the model can see.
     """
-    model = policy.model
-    encoded = [tokenizer.encode_prompt(tok, row["prompt"]) for row in rows]
-    longest = max(map(len, encoded))
-    if longest + decoder.length > model.max_sequence_length:
-        raise ValueError(
-            f"a prompt of {longest} tokens and a completion of {decoder.length} are more than the "
-            f"model's {model.max_sequence_length}"
-        )
-    prompt, valid = tokenizer.pad_left(encoded, longest, tok.pad_token_id)
-    template = np.array(
-        [
-            tokenizer.encode_template(tok, r.get("template"), decoder.length, model.mask_token_id)
-            for r in rows
-        ],
-        np.int32,
-    )
-    unused = optim.make(optim.Optimizer(), 1)
-    programs = Programs(model, (), decoder, unused, mesh, group_size=samples)
-    shards = parallel.batch_shards(mesh)
-    for index, real in data.in_order(len(rows), -(-min(batch, len(rows)) // shards) * shards):
-        inputs = (prompt[index], valid[index], template[index])
-        rollout, _ = programs.rollout(
-            policy.trainable, policy.frozen, inputs, int(index[0]) * samples, jax.random.key(seed)
-        )
-        whole = parallel.gather(rollout)
-        host: Any = jax.tree.map(lambda x, n=real * samples: x[:n], whole)
-        texts = tokenizer.decode(tok, host.tokens, model.mask_token_id, model.eos_token_id)
+    model, tok = ready.policy.model, ready.tokenizer
+    prompts = [tokenizer.encode_prompt(tok, row["prompt"]) for row in rows]
+    templates = [
+        tokenizer.encode_template(tok, r.get("template"), decoder.length, model.mask_token_id)
+        for r in rows
+    ]
+    batches = decoding.rollouts(ready, prompts, templates, decoder, samples, batch, seed)
+    for index, host in batches:
+        tokens = np.asarray(host.tokens)
+        texts = tokenizer.decode(tok, tokens, model.mask_token_id, model.eos_token_id)
         lines = [
             {
                 **rows[index[i // samples]],

@@ -45,8 +45,9 @@ class Held:
             for order in (self.greedy.order, *recipe.evaluation.orders)
             for n in recipe.evaluation.steps
         ]
-        self.settings = list(dict.fromkeys([own, *more]))
-        """The run's own way of decoding, and those that the recipe adds."""
+        exact = dataclasses.replace(own, cache="none")  # what the approximation costs in reward
+        self.settings = list(dict.fromkeys([own, exact, *more]))
+        """The run's own way of decoding, the same without a cache, and those the recipe adds."""
         shards = parallel.batch_shards(mesh)
         self.batch = -(-recipe.evaluation.batch // shards) * shards
         self.key = jax.random.fold_in(jax.random.key(recipe.seed), 10)
@@ -63,6 +64,8 @@ class Held:
             r.max_prompt_length,
             r.sampling.length,
             r.model.mask_token_id,
+            buckets=r.prompt_buckets,
+            long_prompts=r.long_prompts,
         )
 
     def programs(self, sampling: Sampling) -> Programs:
@@ -86,7 +89,7 @@ class Held:
         """
         r, prompts = self.recipe, self.prompts[split]
         if size is not None:
-            prompts = data.Prompts(prompts.examples[:size], *(x[:size] for x in prompts[1:]))
+            prompts = prompts.first(size)
         values: dict[str, float] = {}
         rows: list[Mapping[str, Any]] = []
         read = trajectories.reader(r)

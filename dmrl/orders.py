@@ -145,5 +145,5 @@ class Imitation:
         return Evaluated({"eval/agreement": agreement}, [], done=agreement >= settings.target)
 
     def _decode(self, trainable: Any, prompts: data.Prompts, index: Any, key: jax.Array) -> Any:
-        rows = tuple(x[index] for x in prompts[1:])
+        rows = prompts.rows(index)
         return self.programs.rollout(trainable, self.held.frozen, rows, 0, key)[0]

@@ -92,9 +92,12 @@ class Preferences(stages.Reinforce):
     def step(self, state: TrainState, number: int, index: np.ndarray, key: jax.Array) -> StepResult:
         """One update on the pairs `index`."""
         start, pairs = time.perf_counter(), self.pairs
+        prompt, valid = data.bucketed(
+            pairs.prompt[index], pairs.prompt_valid[index], self.recipe.prompt_buckets
+        )
         rollout = stages.given(
-            np.repeat(pairs.prompt[index], 2, axis=0),
-            np.repeat(pairs.prompt_valid[index], 2, axis=0),
+            np.repeat(prompt, 2, axis=0),
+            np.repeat(valid, 2, axis=0),
             pairs.tokens[index].reshape(-1, pairs.tokens.shape[-1]),
             pairs.free[index].reshape(-1, pairs.free.shape[-1]),
             group_size=2,

@@ -21,7 +21,7 @@ import optax
 from jax.sharding import Mesh
 
 from dmrl import algorithms, models, parallel, pieces
-from dmrl.diffusion import probe, sampler
+from dmrl.diffusion import drift, probe, sampler
 from dmrl.types import HINT, Denoiser, Inner, Metrics, Models, PRNGKey, Probe, Rollout
 
 
@@ -78,6 +78,10 @@ def needs(terms: Sequence[Term]) -> frozenset[str]:
     """What the terms ask for beyond a rollout: 'reference', 'drafts', names of heads."""
     asked = [t.algorithm.needs(t.hyper) for t in terms if hasattr(t.algorithm, "needs")]
     return frozenset[str]().union(*asked)
+
+
+DRIFT_ROWS = 16
+"""Completions of a step on which an approximate sampler is compared with its model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +161,12 @@ class Programs:
         with jax.set_mesh(self.mesh):
             return self._inpaint(behaviour, frozen, rollout, hints, key)
 
+    def drift(self, behaviour: Any, frozen: Any, rollout: Rollout, key: PRNGKey) -> Metrics:
+        """How far an approximate sampler was from its model, on some of the rows."""
+        frozen = frozen if self.model.lora_rank else None
+        with jax.set_mesh(self.mesh):
+            return self._drift(behaviour, frozen, rollout, key)
+
     def update(
         self,
         state: TrainState,
@@ -194,7 +204,8 @@ class Programs:
         """Whether nothing after a completion's EOS matters to any term (rewards never see it)."""
         assert self.sampling is not None
         blind = [getattr(t.algorithm, "BLIND_AFTER_EOS", False) for t in self.terms]
-        return self.sampling.blocks > 1 and all(blind)
+        several = self.sampling.blocks > 1 and not self.sampling.remasks
+        return several and all(blind)
 
     @functools.cached_property
     def _rollout(self) -> Any:
@@ -219,6 +230,17 @@ class Programs:
             return done, tuple(probes)
 
         return jax.jit(rollout)
+
+    @functools.cached_property
+    def _drift(self) -> Any:
+        assert self.sampling is not None
+        sampling = self.sampling
+
+        def measure(behaviour, frozen, rollout, key):
+            some = jax.tree.map(lambda x: x[:DRIFT_ROWS], rollout._replace(reward=None))
+            return drift.measure(self.policy(behaviour, frozen), some, sampling, key)
+
+        return jax.jit(measure)
 
     @functools.cached_property
     def _inpaint(self) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dmrl import metrics, models, optim, tasks, tokenizer
+from dmrl import data, metrics, models, optim, tasks, tokenizer
 from dmrl.diffusion.sampler import Sampling
 from dmrl.models import weights
 from dmrl.programs import Term, make_term, needs
@@ -130,6 +130,10 @@ class Recipe(typing.NamedTuple):
     model: models.Config
     init_from: str
     max_prompt_length: int
+    prompt_buckets: tuple[int, ...]
+    """Lengths below it to which batches of short prompts are padded (see `dmrl.data`)."""
+    long_prompts: str
+    """What becomes of longer ones: one of `data.LONG_PROMPTS`."""
     sampling: Sampling
     terms: tuple[Term, ...]
     optimizer: optim.Optimizer
@@ -170,6 +174,7 @@ def build(config: Mapping[str, Any]) -> Recipe:
             f"{', '.join(probing)}: set it to 0, or drop the term"
         )
     _check_agree(terms, config)
+    _check_sampling(terms, sampling)
     rescue = section(Rescue, config["rescue"], "rescue")
     if rescue.fraction and probing:
         raise ValueError(
@@ -187,6 +192,8 @@ def build(config: Mapping[str, Any]) -> Recipe:
         model=model,
         init_from=config["model"]["init_from"],
         max_prompt_length=config["max_prompt_length"],
+        prompt_buckets=_buckets(config),
+        long_prompts=_long_prompts(config),
         sampling=sampling,
         terms=tuple(terms),
         optimizer=section(optim.Optimizer, config["optimizer"], "optimizer"),
@@ -205,6 +212,24 @@ def build(config: Mapping[str, Any]) -> Recipe:
         mesh=dict(config["mesh"]),
         metrics=metrics.known(config["metrics"]),
     )
+
+
+def _check_sampling(terms: Sequence[Term], sampling: Sampling) -> None:
+    """Raises ValueError where a term reads from a rollout what this sampler does not tell."""
+    per_step = [t.name for t in terms if getattr(t.algorithm, "READS_REVEAL_STEP", False)]
+    if sampling.remasks and per_step:
+        raise ValueError(
+            f"sampling.remask={sampling.remask!r} changes revealed tokens, but "
+            f"{', '.join(per_step)} scores what each step revealed: set it to 'none'"
+        )
+    drafting = [t.name for t in terms if "drafts" in needs([t])]
+    for name in ("schedule", "cache"):
+        unfit = sampling.adaptive if name == "schedule" else sampling.approximate
+        if drafting and unfit:
+            raise ValueError(
+                f"sampling.{name}={getattr(sampling, name)!r} gives no drafts of whole completions "
+                f"step by step, which {', '.join(drafting)} needs: take the default"
+            )
 
 
 def _check_order(terms: Sequence[Term], sampling: Sampling, model: models.Config) -> None:
@@ -244,6 +269,24 @@ def _check_order(terms: Sequence[Term], sampling: Sampling, model: models.Config
                 f"terms.{term.name}.top_k={wanted}, but sampling.order={sampling.order!r}: give "
                 f"it the same K, 'learned:{sampling.order_rule.temperature},{wanted}'"
             )
+
+
+def _buckets(config: Mapping[str, Any]) -> tuple[int, ...]:
+    buckets, most = tuple(config.get("prompt_buckets", ())), config["max_prompt_length"]
+    if list(buckets) != sorted({b for b in buckets if 0 < b < most}):
+        raise ValueError(
+            f"prompt_buckets={buckets}: give rising lengths below max_prompt_length={most}"
+        )
+    return buckets
+
+
+def _long_prompts(config: Mapping[str, Any]) -> str:
+    rule: str = config.get("long_prompts", data.LONG_PROMPTS[0])
+    if rule not in data.LONG_PROMPTS:
+        raise ValueError(f"long_prompts={rule!r}: choose one of {', '.join(data.LONG_PROMPTS)}")
+    if rule == "cut" and config["preferences"]:
+        raise ValueError("long_prompts='cut' is for rollouts; shorten the prompts of preferences")
+    return rule
 
 
 def _check_preferences(config: Mapping[str, Any], terms: Sequence[Term], rescue: Rescue) -> None:

@@ -96,9 +96,9 @@ class WarmStart:
         """One supervised update."""
         del number
         start = time.perf_counter()
-        train, targets = self.train, self.targets[index]
-        free = train.template[index] == self.recipe.model.mask_token_id
-        example = given(train.prompt[index], train.prompt_valid[index], targets, free, group_size=1)
+        prompt, valid, template = self.train.rows(index)
+        free = template == self.recipe.model.mask_token_id
+        example = given(prompt, valid, self.targets[index], free, group_size=1)
         example = parallel.put(example, parallel.batch_sharding(self.programs.mesh))
         state, metrics = self.programs.update(state, self.held.frozen, [example], [(None,)], key)
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
@@ -190,12 +190,12 @@ class Reinforce:
         behaviour = state.trainable if state.teacher is None else state.teacher
         chunks = np.split(index, loop.rollout_chunks)
         launched, first_row = [], 0
-        for chunk in chunks:
-            prompts = tuple(x[chunk] for x in self.train[1:])
+        inputs = (np.split(x, loop.rollout_chunks) for x in self.train.rows(index))
+        for prompts in zip(*inputs, strict=True):
             launched.append(
                 self.programs.rollout(behaviour, self.held.frozen, prompts, first_row, key)
             )
-            first_row += len(chunk) * size
+            first_row += len(prompts[0]) * size
         scored, waited, rewarding = [], 0.0, 0.0
         for chunk, (rollout, probes) in zip(chunks, launched, strict=True):
             clock = time.perf_counter()
@@ -208,13 +208,16 @@ class Reinforce:
                 found = self._rescue(found, self.traces.of(rows), behaviour, number, key)
             scored.append(found)
             rewarding += time.perf_counter() - clock
+        drift = {}
+        if self.recipe.sampling.approximate:
+            drift = self.programs.drift(behaviour, self.held.frozen, launched[0][0], key)
         before_update = time.perf_counter()
         ready = [scoring.rewarded(s, self._put) for s in scored]
         state, metrics = self.programs.update(
             state, self.held.frozen, [r for r, _ in ready], [p for _, p in ready], key
         )
         values = scoring.statistics(self.recipe, scored)  # on the host, while the device updates
-        values |= {k: float(v) for k, v in jax.device_get(metrics).items()}
+        values |= {k: float(v) for k, v in jax.device_get(metrics | drift).items()}
         end = time.perf_counter()
         values |= {
             "learning_rate": float(self.schedule(in_phase * loop.num_iterations)),

@@ -125,7 +125,8 @@ def pad_left(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[A
         count = sum(len(row) > length for row in rows)
         raise ValueError(
             f"{count} of {len(rows)} prompts are longer than max_prompt_length={length} "
-            f"(longest {longest}): raise it or shorten the prompts"
+            f"(longest {longest}): raise it, shorten the prompts, or set long_prompts=cut to keep "
+            "their last tokens, as d1 does"
         )
     tokens = np.full((len(rows), length), pad_id, np.int32)
     valid = np.zeros((len(rows), length), bool)

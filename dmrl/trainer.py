@@ -153,6 +153,12 @@ def train(
         stopping = functools.partial(_any_terminated, terminated)
         trainable, held.frozen = initial_weights(recipe, mesh)
         loop = Loop(recipe, workdir, stopping)
+        for split, prompts in held.prompts.items():
+            if prompts.cut:
+                loop.console.note(
+                    f"{split}: {prompts.cut} of {len(prompts.examples)} prompts cut to their last "
+                    f"{recipe.max_prompt_length} tokens"
+                )
         if warm:
             trainable = loop.run(warm, trainable).trainable
         if orders.is_trained(recipe):

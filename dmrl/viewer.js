@@ -127,9 +127,9 @@ function addViewer(host, keys = host) {
   function settle() {
     const traces = shown.map((item) => item.trace);
     const before = now() === Number(bar.max) ? Infinity : now();
-    bar.max = Math.max(...traces.map((trace) => trace.steps));
+    bar.max = Math.max(...traces.map(stepsTaken));
     const entropies = traces.flatMap((trace) => trace.entropy.filter((value) => value !== null));
-    Object.assign(view.top, { steps: Math.max(...traces.map((trace) => trace.steps)), entropy: entropies.reduce((a, b) => Math.max(a, b), 0) });
+    Object.assign(view.top, { steps: Number(bar.max), entropy: entropies.reduce((a, b) => Math.max(a, b), 0) });
     bench.classList.toggle('wide', !traces.every(isGrid));
     drawMarks();
     explain();

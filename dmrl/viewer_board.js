@@ -6,7 +6,7 @@ const CONTEXT = 24;
 /** What a colour can mean: a share from 0 to 1 of position i, or null where nothing is known. */
 const COLOURS = [
   { name: 'order of filling', ends: (top) => ['step 1', String(top.steps)],
-    share: (trace, i, state) => (state.step === null ? null : trace.steps > 1 ? state.step / (trace.steps - 1) : 1) },
+    share: (trace, i, state, top) => (state.step === null ? null : top.steps > 1 ? state.step / (top.steps - 1) : 1) },
   { name: 'probability when filled', ends: () => ['0', '1'],
     share: (trace, i, state) => confidence(trace, i, state).probability },
   { name: 'entropy when filled', ends: (top) => ['0', `${number(Number(top.entropy.toPrecision(3)))} nats`],
@@ -169,7 +169,7 @@ function makeBoard(trace, name, view) {
   const free = trace.tokens.map((_, i) => i).filter((i) => !fixed(trace, i) && cells[i]);
 
   function show(t) {
-    const now = Math.min(t, trace.steps);
+    const now = Math.min(t, stepsTaken(trace));
     cells.forEach((node, i) => node && showCell(node, trace, i, now, view.colour(), view.top));
     const texts = free.map((i) => stateOf(trace, i, now).text);
     const count = (said) => free.filter((i, n) => verdict(trace, i, texts[n]) === said).length;

@@ -22,6 +22,12 @@ function histories(trace) {
 const filledOnce = (trace, i) => trace.reveal_step[i] >= 0 && trace.reveal_step[i] < trace.steps;
 const fixed = (trace, i) => trace.reveal_step[i] < 0;
 
+/** Steps until the last change: a schedule that asks the model may need few of its T. */
+function stepsTaken(trace) {
+  const last = histories(trace).flat().reduce((most, { step }) => Math.max(most, step + 1), 0);
+  return last || trace.steps;
+}
+
 /** Whether a position lies behind the end of the text and was never filled. */
 const beyond = (trace, i) => (trace.length ?? Infinity) <= i && !fixed(trace, i)
   && !histories(trace)[i].length;

@@ -4,7 +4,7 @@
     python launch/generate.py --checkpoint=CKPT_DIR --tokenizer=HF_DIR --length=256 < prompts.txt
     python launch/generate.py --checkpoint=runs/mine/weights --prompts=FILE.jsonl --samples=4 \\
         --temperature=0.9 --out=completions.jsonl
-    python launch/generate.py --checkpoint=runs/mine --order=learned --order_from=runs/upo
+    python launch/generate.py --checkpoint=runs/mine --decode=order=learned --order_from=runs/upo
     python launch/generate.py --checkpoint=runs/mine --compare=runs/other --prompts=FILE.jsonl \\
         --trace=trace.html
 
@@ -12,8 +12,11 @@ Prompts come from --prompt, from a file, or from standard input: a line each, or
 with a field `prompt` (a text with line breaks) and perhaps `template` (the completion with _
 where the model fills). Length, steps and blocks are those of the run, if it is one.
 
---trace shows how each completion was decoded, step by step, on a page of its own (docs/viewer.md);
---compare decodes the same prompts in the same way with another policy, beside the first.
+--decode sets any other option of `dmrl.diffusion.sampling.Sampling`: --decode=remask=rcr.
+
+--trace shows how each completion was decoded, step by step, on a page of its own (docs/viewer.md).
+--compare puts another policy beside the first, --versus another way of decoding, for the same
+prompts: --decode=order=entropy --versus=order=random.
 """
 
 import json
@@ -37,15 +40,16 @@ PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, - for standard 
 LENGTH = flags.DEFINE_integer("length", None, "Tokens of a completion; default the run's, or 256")
 STEPS = flags.DEFINE_integer("steps", None, "Denoising steps; default the run's, or length/2")
 BLOCK = flags.DEFINE_integer("block", None, "Block length; default the run's, or 32")
-ORDER = flags.DEFINE_string("order", None, "Which positions next; default the run's")
-ORDER_FROM = flags.DEFINE_string("order_from", None, "Of --order=learned: the run that trained it")
+ORDER_FROM = flags.DEFINE_string("order_from", None, "Of order=learned: the run that trained it")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 decodes greedily")
 SAMPLES = flags.DEFINE_integer("samples", 1, "Completions of each prompt", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch", 16, "Prompts at a time; changes no result", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of sampled completions")
 OUT = flags.DEFINE_string("out", None, "JSONL file; default standard output")
+DECODE = flags.DEFINE_multi_string("decode", [], "KEY=VALUE of the sampler; may be repeated")
 TRACE = flags.DEFINE_string("trace", None, "HTML page that shows the decoding, step by step")
 COMPARE = flags.DEFINE_string("compare", None, "Another checkpoint, beside the first on the page")
+VERSUS = flags.DEFINE_multi_string("versus", [], "Like --decode, after it: beside the first")
 flags.mark_flag_as_required("checkpoint")
 
 
@@ -67,9 +71,15 @@ def main(argv: list[str]) -> None:
 
 def check_trace() -> None:
     """Raises ValueError before anything is loaded: the page comes last."""
-    if COMPARE.value and not TRACE.value:
-        raise ValueError("--compare shows its completions on a page: give --trace=FILE.html too")
-    if COMPARE.value and Path(COMPARE.value).resolve() == Path(CHECKPOINT.value).resolve():
+    if (COMPARE.value or VERSUS.value) and not TRACE.value:
+        raise ValueError(
+            "--compare and --versus show completions on a page: give --trace=FILE.html too"
+        )
+    if (
+        COMPARE.value
+        and not VERSUS.value
+        and Path(COMPARE.value).resolve() == Path(CHECKPOINT.value).resolve()
+    ):
         raise ValueError(f"--compare={COMPARE.value} is the policy of --checkpoint itself")
     if TRACE.value and not Path(TRACE.value).resolve().parent.is_dir():
         raise ValueError(f"--trace={TRACE.value}: there is no folder {Path(TRACE.value).parent}")
@@ -105,49 +115,42 @@ def prompts() -> list[dict[str, Any]]:
 
 def completed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with the completions of --checkpoint; the page of --trace is written."""
-    from dmrl import policy, viewer
+    from dmrl import generation, policy, recipe, viewer
 
     for place in filter(None, (CHECKPOINT.value, COMPARE.value)):
         policy.folder(place)  # both before the work of the first
     logging.getLogger("jax").setLevel(logging.WARNING)
-    lines, traces, decoder = decoded(CHECKPOINT.value, rows)
-    if COMPARE.value:
-        traces += decoded(COMPARE.value, rows, decoder)[1]
+    config = policy.config(CHECKPOINT.value)
+    own = recipe.build(config).sampling if config else None
+    size = (LENGTH.value, STEPS.value, BLOCK.value, TEMPERATURE.value)
+    decoder = generation.with_options(generation.sampling(own, *size), DECODE.value)
+    other = generation.with_options(decoder, VERSUS.value)
+    lines, traces = decoded(CHECKPOINT.value, rows, decoder)
+    if COMPARE.value or VERSUS.value:
+        traces += decoded(COMPARE.value or CHECKPOINT.value, rows, other)[1]
     if TRACE.value:
         viewer.write(Path(TRACE.value), Path(TRACE.value).stem, traces)
     return lines
 
 
 def decoded(
-    checkpoint: str, rows: list[dict[str, Any]], decoder: Any = None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Any]:
-    """(rows with completions, their traces if asked for, how they were decoded) of a policy."""
-    from dmrl import generation, orders, parallel, policy, recipe, tokenizer, trace, trainer
+    checkpoint: str, rows: list[dict[str, Any]], decoder: Any
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows with the completions of a policy, and their traces if there is to be a page."""
+    from dmrl import decoding, generation, orders, trace
 
-    config = policy.config(checkpoint)
-    made = recipe.build(config) if config else None
-    mesh = parallel.make_mesh(**(made.mesh if made else {}))
-    base: Any = BASE.value or (made.init_from if made else "")
-    if made and made.model.lora_rank and not base:
-        base = trainer.initial_weights(made, mesh)[1]
-    loaded = policy.load(checkpoint, base, mesh)
-    tok = tokenizer.load(TOKENIZER.value) if TOKENIZER.value else made and made.tokenizer
-    if tok is None:
-        raise ValueError("no tokenizer: give --tokenizer=DIR, a folder with tokenizer.json")
-    if decoder is None:
-        own = made.sampling if made else None
-        decoder = generation.sampling(
-            own, LENGTH.value, STEPS.value, BLOCK.value, TEMPERATURE.value, ORDER.value
-        )
+    ready = decoding.opened(checkpoint, TOKENIZER.value or "", BASE.value or "")
     trained = list(filter(None, (ORDER_FROM.value, checkpoint)))
-    loaded = orders.beside(loaded, trained, [decoder], mesh)
+    policy = orders.beside(ready.policy, trained, [decoder], ready.mesh)
+    ready = ready._replace(policy=policy)
     size = (SAMPLES.value, BATCH.value, SEED.value)
-    batches = list(generation.complete(loaded, mesh, tok, rows, decoder, *size))
+    batches = list(generation.complete(ready, rows, decoder, *size))
     lines = [line for found, _ in batches for line in found]
     if not TRACE.value:
-        return lines, [], decoder
-    read = trace.Reader(tok, loaded.model.mask_token_id, loaded.model.eos_token_id)
-    return lines, generation.traces(batches, read, decoder, SAMPLES.value, checkpoint), decoder
+        return lines, []
+    model = ready.policy.model
+    read = trace.Reader(ready.tokenizer, model.mask_token_id, model.eos_token_id)
+    return lines, generation.traces(batches, read, decoder, SAMPLES.value, checkpoint)
 
 
 if __name__ == "__main__":

@@ -182,3 +182,20 @@ def test_published_countdown_file(data_dir):
     found = task.examples("published")
     assert len(found) == 256
     assert all(task.score(e, e.solution)["reward"] == 1.0 for e in found)
+
+
+@pytest.mark.parametrize("style", ["published", "evaluation"])
+def test_worked_examples_are_of_train_and_right(style):
+    options = {"style": style, "train_size": 100, "held_out_size": 4, "numbers": (3, 3)}
+    none, two = tasks.load("countdown", **options), tasks.load("countdown", shots=2, **options)
+    example = two.examples("test")[0]
+    pieces = two.prompt(example).split("Question:\n")
+    assert none.prompt(example) == pieces[0] + pieces[2].partition("\n\n")[2]
+    train = {(tuple(e.numbers), e.target): e for e in two.examples("train")}
+    for piece in pieces[1:]:
+        asked, told = piece.split("\nAnswer:\n")
+        *numbers, target = map(int, re.findall("[0-9]+", asked))
+        shot = train[tuple(numbers), target]
+        assert two.score(shot, told.partition("\n\n")[0])["solved"] == 1.0
+    with pytest.raises(ValueError, match="shots=2: prompts in style='compact' have no examples"):
+        tasks.load("countdown", shots=2)

@@ -88,6 +88,7 @@ def test_the_batch_size_changes_nothing(batch):
         (Sampling(16, 4, 16), "greedy_4"),
         (Sampling(16, 16, 8, temperature=0.9), "sampled_16"),
         (Sampling(16, 4, 16, order="random"), "greedy_4_random"),
+        (Sampling(16, 8, 8, order="entropy", remask="rcr"), "greedy_8_entropy_rcr"),
     ],
 )
 def test_names_of_settings(sampling, name):

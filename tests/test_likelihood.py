@@ -1,5 +1,7 @@
 """Estimates of log pi from several maskings: shapes, empty maskings, small probabilities."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import tiny
 
 from dmrl.diffusion import likelihood
+from dmrl.diffusion.noise import row_keys
 
 
 def test_many_maskings_are_one_forward_each():
@@ -79,3 +82,40 @@ def test_the_best_omega_minimises_the_summed_variance():
     best = float(likelihood.optimal_omega(lower, upper, p))
     grid = np.linspace(-1, 2, 301)
     assert best == pytest.approx(grid[np.argmin([variance(w) for w in grid])], abs=0.01)
+
+
+def subsets(length):
+    """Every non-empty set of positions with its probability under a uniform count, then subset."""
+    for count in range(1, length + 1):
+        chosen = list(itertools.combinations(range(length), count))
+        yield from ((c, 1 / (length * len(chosen))) for c in chosen)
+
+
+def test_llada_s_estimate_is_unbiased_for_the_scored_tokens_given_the_others():
+    """Against every masking of them by hand; a position before them is seen and never scored."""
+    params, prompt, bind = tiny.perceptron(4)
+    denoiser = bind(params)
+    labels = jnp.array([1, 0, 2, 1])
+    tokens = jnp.concatenate([prompt, labels])
+    valid = jnp.ones((1, 6), bool)
+    every = list(subsets(3))
+    hidden = np.zeros((len(every), 6), bool)
+    for i, (places, _) in enumerate(every):
+        hidden[i, np.array(places) + 3] = True
+    states = jnp.where(hidden, tiny.MASK, tokens[None])
+    many = (jnp.broadcast_to(x, (len(every), *x.shape[-1:])) for x in (valid, tokens))
+    seen, truth = many
+    log_p = denoiser.log_prob(denoiser.encode(states, seen), truth[..., None])[..., 0]
+    weight = np.array([probability * 3 / len(places) for places, probability in every])
+    want = float(jnp.sum(jnp.where(hidden, log_p, 0.0) * weight[:, None]))
+    alone = float(log_p[[places for places, _ in every].index((2,)), 5])
+    rows = 2000
+    scored = jnp.broadcast_to(jnp.array([False, True, True, True]), (rows, 4))
+    copies = jnp.broadcast_to(tokens, (rows, 6)), jnp.broadcast_to(valid, (rows, 6))
+    keys = row_keys(jax.random.key(4), jnp.arange(rows))
+    estimate = jax.jit(lambda at: likelihood.stratified_elbo(denoiser, *copies, at, keys, 2))
+    found = estimate(scored)
+    error = float(jnp.std(found)) / np.sqrt(rows)
+    assert abs(float(jnp.mean(found)) - want) < 4 * error
+    last = jnp.broadcast_to(jnp.array([False, False, False, True]), (rows, 4))
+    np.testing.assert_allclose(estimate(last), alone, rtol=1e-5)

@@ -35,6 +35,7 @@ def test_accuracies_are_those_of_the_authors(data_dir, recorded, name, family):
         assert round(result["cell_accuracy"], 4) == wanted["cell_accuracy"]
         assert round(result["board_accuracy"], 4) == wanted["board_accuracy"]
         assert result["accuracy"] == result["cell_accuracy"]
+        assert round(result["means"]["cells"], 4) == wanted["mean_item_accuracy"]
         assert round(result["cell_accuracy"] * wanted["empty_cells"]) == wanted["correct_cells"]
     else:
         assert round(result["accuracy"], 4) == wanted["accuracy"]

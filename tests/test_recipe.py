@@ -40,6 +40,7 @@ def test_a_config_that_was_json_builds_the_same():
         ),
         ({"sampling__steps": 17}, "choose one of 1, 2, 3"),
         ({"sampling__order": "left"}, "order='left': choose one of"),
+        ({"sampling__schedule": "doubling:9"}, "make 1 to 4 blocks"),
         ({"rollout_chunks": 3}, "rollout_chunks=3 does not divide prompts_per_step=4"),
         ({"microbatches": 3}, "microbatches=3 does not divide 8 completions"),
         ({"num_generations": 1}, "num_generations=1: a group needs at least 2"),

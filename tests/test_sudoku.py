@@ -2,11 +2,12 @@
 
 import collections
 import itertools
+import re
 
 import pytest
 
 from dmrl import tasks
-from dmrl.tasks import BLANK, boards, sudoku
+from dmrl.tasks import BLANK, boards, sudoku, sudoku_shots
 
 PUZZLE = sudoku.Example("4320004330100004", "4321124334122134")
 
@@ -262,3 +263,59 @@ def test_nine_by_nine_has_no_published_splits():
         tasks.load("sudoku", size=9).examples("d1")
     with pytest.raises(ValueError, match="size=5 is not one of 4, 9"):
         tasks.load("sudoku", size=5)
+
+
+def shots(count=3, **options):
+    return tasks.load("sudoku", style="published", shots=count, **options)
+
+
+def test_worked_examples_stand_before_the_question_and_are_right():
+    prompt = shots().prompt(PUZZLE)
+    assert prompt.startswith(shots(0).prompt(PUZZLE).partition("Solve the following")[0])
+    assert prompt.endswith(
+        f"Question:\nSolve the following Sudoku puzzle: {PUZZLE.puzzle}\nAnswer:\n"
+    )
+    assert shots(0).prompt(PUZZLE).endswith(f"Solve the following Sudoku puzzle: {PUZZLE.puzzle}\n")
+    for shot in sudoku_shots.SHOTS:
+        assert sudoku.solutions(shot[0]) == [shot[1]]
+        told = prompt.partition(f"puzzle: {shot[0]}\n")[2].partition("Question:")[0]
+        assert shots().score(sudoku.Example(*shot), told)["solved"] == 1.0
+        cells = re.findall(r": R([1-4])C([1-4])=([1-4])\.", told)
+        assert len(cells) == shot[0].count("0")
+        board = dict(enumerate(shot[0])) | {4 * int(r) + int(c) - 5: d for r, c, d in cells}
+        assert "".join(board.values()) == shot[1]
+    assert [shots(n).prompt(PUZZLE).count("Question:") for n in (0, 1, 2, 3)] == [0, 2, 3, 4]
+    assert set(prompt) <= set(shots().alphabet)
+
+
+def test_a_cell_is_filled_only_where_no_guess_is_needed():
+    with pytest.raises(ValueError, match="needs a guess at 0034341200434321"):
+        sudoku_shots.forced("0034341200434321")
+
+
+def test_worked_examples_stay_out_of_what_is_measured():
+    splits = ("train", "validation", "test", "validation_multi", "test_multi")
+    grids = {grid for _, grid in sudoku_shots.SHOTS}
+    seed = next(  # one whose own division holds such a grid out
+        s
+        for s in range(50)
+        if grids - {e.solution for e in shots(0, split_seed=s, train_size=4000).examples("train")}
+    )
+    task = shots(split_seed=seed)
+    found = {split: task.examples(split) for split in splits}
+    assert grids <= {e.solution for e in found["train"]}
+    for split, examples in found.items():
+        assert not {e.puzzle for e in examples} & {puzzle for puzzle, _ in sudoku_shots.SHOTS}
+        if split != "train":
+            assert not {e.solution for e in examples} & grids
+            assert not grids & {g for e in examples for g in sudoku.solutions(e.puzzle)}
+
+
+@pytest.mark.parametrize("options", [{"size": 9}, {"style": "grid"}, {"shots": 4}])
+def test_examples_that_do_not_exist_are_refused(options):
+    with pytest.raises(ValueError, match=r"shots=\d: for size=\d and style='\w+' there are [03] w"):
+        tasks.load("sudoku", **{"style": "published", "shots": 1} | options)
+
+
+def test_the_puzzle_of_a_saved_question_with_examples_is_its_last():
+    assert shots().recorded(shots().prompt(PUZZLE), PUZZLE.solution) == PUZZLE

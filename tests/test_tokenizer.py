@@ -5,8 +5,8 @@ import pytest
 import tokenizers
 import transformers
 
-from dmrl import tokenizer
-from dmrl.tasks import BLANK
+from dmrl import data, tokenizer
+from dmrl.tasks import BLANK, gsm8k
 from dmrl.tasks.answers import TEXT
 
 DIGITS = tokenizer.characters("4321")
@@ -94,6 +94,80 @@ def test_prompts_go_through_the_chat_template_if_there_is_one():
     assert tokenizer.encode_prompt(words(), "solve this") == [1, 2, 3, 0]
     assert tokenizer.encode_prompt(words(), "") == []
     assert tokenizer.encode_prompt(DIGITS, "12") == [2, 3]
+
+
+START, END, HEAD, HEADED, TURN = (
+    "startoftext",
+    "endoftext",
+    "start_header_id",
+    "end_header_id",
+    "eot_id",
+)
+WORDS = [
+    "\n\n",
+    "user",
+    "assistant",
+    "system",
+    "How",
+    " ",
+    "many",
+    "?",
+    "<",
+    "reasoning",
+    ">",
+    "\n",
+]
+
+
+def llada(tmp_path):
+    """A tokenizer of few words with LLaDA-8B-Instruct's special tokens and chat template, which
+    puts a start of text before what it encodes unless told not to; saved and loaded."""
+    marks = [f"<|{name}|>" for name in (START, END, HEAD, HEADED, TURN)]
+    vocab = {word: i for i, word in enumerate([*marks, *WORDS])}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token=None))
+    words = tokenizers.Regex(r"\n\n|\w+|\W")
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Split(words, "isolated")
+    core.decoder = tokenizers.decoders.Fuse()
+    core.add_special_tokens(marks)
+    core.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{marks[0]} $A", special_tokens=[(marks[0], 0)]
+    )
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=marks[0], eos_token=marks[1], pad_token=marks[1]
+    )
+    made.chat_template = (
+        "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
+        "<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>"
+        "{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    )
+    made.save_pretrained(tmp_path)
+    return tokenizer.load(str(tmp_path))
+
+
+def test_llada_s_chat_template_is_rendered_to_the_last_token(tmp_path):
+    tok = llada(tmp_path)
+    turn = [0, 2, 6, 3, 5, 9, 10, 11, 12, 4, 2, 7, 3, 5]
+    assert tokenizer.encode_prompt(tok, "How many?") == turn
+    assert tokenizer.encode_prompt(tok, "\nHow many?\n") == turn  # the template strips it
+    assert tok.decode(turn) == (
+        "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nHow many?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    assert tok("How")["input_ids"] == [0, 9], "without care there would be two starts of text"
+
+
+def test_a_prefill_begins_the_assistant_s_turn(tmp_path):
+    class Asked(gsm8k.Task):
+        def examples(self, split):
+            return [gsm8k.Example("How many?", "7"), gsm8k.Example("How?", "7")]
+
+    tok = llada(tmp_path)
+    task = Asked(style="compact", equality="string")
+    begun = data.tokenize(task, tok, "test", None, 4, 99, prefill="<reasoning>")
+    turn = [0, 2, 6, 3, 5, 9, 10, 11, 12, 4, 2, 7, 3, 5, 13, 14, 15]
+    assert begun.prompt.tolist() == [turn, [1, 1, *turn[:6], *turn[8:]]]
+    assert begun.prompt_valid.sum(axis=1).tolist() == [17, 15]
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,27 @@ def test_stored_states_tell_the_same_where_nothing_is_taken_back(sampled):
             assert told["tokens"][position] == text
 
 
+@pytest.mark.parametrize("remask", ["remdm:0.9", "rcr"])
+def test_a_sampler_that_takes_tokens_back_is_told_step_by_step(remask):
+    params, prompt, bind = tiny.perceptron(6)
+    rows, steps = 4, 6
+    template = jnp.array([M, 1, M, M, M, M])
+    args = (jnp.broadcast_to(x, (rows, *x.shape)) for x in (prompt, jnp.ones(2, bool), template))
+    row = jnp.arange(rows)
+    config = Sampling(6, steps, 6, temperature=1.0, remask=remask)
+    rollout = on_host(sample(bind(params), *args, row, row, jax.random.key(4), config))
+    taken_back = 0
+    for i in range(rows):
+        told = trace.make(rollout, i, steps, READ, trace.Layout(list(range(6))))
+        stored = rollout.states[i].tolist()
+        for t in range(steps + 1):
+            assert replay(told, words(stored[0]), t) == words(stored[t])
+        taken_back += sum(text is None for _, _, text in told["changes"])
+        last = {position: step for step, position, _ in told["changes"]}
+        assert all(told["reveal_step"][position] == step for position, step in last.items())
+    assert taken_back > 0
+
+
 def test_remasked_and_edited_tokens_are_told():
     history = [[M, 1, M], [0, 1, M], [M, 1, 0], [2, 1, 1]]
     rollout = on_host(

@@ -272,6 +272,13 @@ def test_two_ways_of_decoding_side_by_side(browser, tmp_path):
     assert [s.split(" ")[0] for s in of(page, ".status")] == ["0", "5"]
 
 
+def test_the_bar_ends_with_the_last_change(browser, tmp_path):
+    """An adaptive schedule needs few of its T steps."""
+    page = shown(browser, tmp_path, trace(steps=16), trace(steps=16, when="after"))
+    assert page.run("return document.querySelector('#scrub').max") == "4"
+    assert of(page, ".status") == ["8 of 8 filled · 4 right, 4 wrong"] * 2
+
+
 def test_theme_follows_the_system_and_toggles(page):
     colour = "return getComputedStyle(document.body).backgroundColor"
     page.emulate("setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])

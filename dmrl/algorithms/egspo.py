@@ -34,6 +34,9 @@ CHOICES = {
     "kl": ("k3", "exact"),
 }
 
+READS_REVEAL_STEP = True
+"""Scores what each step revealed, so no revealed token may change."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Hyper:

@@ -22,6 +22,9 @@ from dmrl.diffusion.likelihood import state_log_prob
 from dmrl.diffusion.masking import upto_eos
 from dmrl.types import Inner, Metrics, Models, PRNGKey, Probe, Rollout
 
+READS_REVEAL_STEP = True
+"""Scores what each step revealed, so no revealed token may change."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Hyper:

@@ -23,7 +23,12 @@ def kl(
     def rows(_: Int[Array, ""], both: Float[Array, "n w d3"]) -> Float[Array, "n w"]:
         log_p = jax.nn.log_softmax(policy.logits(both[..., : hidden.shape[-1]]))
         log_q = jax.nn.log_softmax(reference.logits(both[..., hidden.shape[-1] :]))
-        gap = jnp.where(log_p > -jnp.inf, log_p - log_q, 0.0)  # MASK is impossible under both
-        return jnp.sum(jnp.exp(log_p) * gap, axis=-1)
+        return categorical_kl(log_p, log_q)
 
     return over_positions(rows, jnp.concatenate([hidden, reference_hidden], axis=-1))
+
+
+def categorical_kl(log_p: Float[Array, "*n v"], log_q: Float[Array, "*n v"]) -> Float[Array, "*n"]:
+    """KL(p || q) in nats of normalised log-probabilities over the last axis."""
+    gap = jnp.where(log_p > -jnp.inf, log_p - log_q, 0.0)  # MASK is impossible under both
+    return jnp.sum(jnp.exp(log_p) * gap, axis=-1)

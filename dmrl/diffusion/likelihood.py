@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dmrl.types import Denoiser
+from dmrl.diffusion.masking import random_subset, stratified_counts
+from dmrl.diffusion.noise import fold_in
+from dmrl.types import Denoiser, RowKeys
 
 
 def completion_hidden(
@@ -71,6 +73,39 @@ def elbo(log_prob: Float[Array, "*n m l"], weight: Float[Array, "*n m l"]) -> Fl
     """
     terms = jnp.where(weight > 0, log_prob, 0.0) * weight
     return jnp.mean(jnp.sum(terms, axis=-1), axis=-1)
+
+
+def stratified_elbo(
+    denoiser: Denoiser,
+    tokens: Int[Array, "n s"],
+    valid: Bool[Array, "n s"],
+    scored: Bool[Array, "n w"],
+    keys: RowKeys,
+    samples: int,
+) -> Float[Array, " n"]:
+    """LLaDA's estimate of log p(the scored tokens | the others of a sequence), in nats.
+
+    `scored` marks some of the last W positions, the only ones that pass through the vocabulary
+    head. The mean over M maskings of n/l * sum log p, each hiding a uniform subset of l of the n
+    scored tokens, l by `masking.stratified_counts`: in expectation the ELBO, exact for n = 1. One
+    masking after the other, so that a batch takes the memory of one.
+
+    Source: `get_log_likelihood` of the released LLaDA code (arXiv 2502.09992, eq. 6), M = 128.
+    """
+    total, width = jnp.sum(scored, axis=1), scored.shape[1]
+    counts = stratified_counts(keys, total, samples)
+    labels = tokens[:, -width:]
+
+    def one(column: tuple[Int[Array, ""], Int[Array, " n"]]) -> Float[Array, " n"]:
+        number, count = column
+        hidden = random_subset(fold_in(keys, number), scored, count)
+        seen = jnp.where(hidden, denoiser.mask_id, labels)
+        states = denoiser.encode(jnp.concatenate([tokens[:, :-width], seen], axis=1), valid)
+        log_prob = denoiser.log_prob(states[:, -width:], labels[..., None])[..., 0]
+        weight = hidden * (total / jnp.maximum(count, 1))[:, None]
+        return elbo(log_prob[:, None], weight[:, None])
+
+    return jnp.mean(jax.lax.map(one, (jnp.arange(samples), counts.T)), axis=0)
 
 
 def eubo(

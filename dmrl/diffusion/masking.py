@@ -18,12 +18,13 @@ def mask_prompt(
 ) -> Int[Array, "b p"]:
     """Each prompt token becomes MASK with `probability` (diffu-GRPO, arXiv 2504.12216).
 
-    Keyed by (key, row) alone: whoever asks with the same key sees the same mask.
+    Keyed by (key, row) and the distance from the prompt's end alone: whoever asks with the same
+    key sees the same mask, however much padding stands before the prompt.
     """
     if probability == 0:
         return prompt
     draw = jax.vmap(lambda k: jax.random.bernoulli(k, probability, prompt.shape[1:]))
-    return jnp.where(draw(row_keys(key, row)), mask_id, prompt)
+    return jnp.where(draw(row_keys(key, row))[:, ::-1], mask_id, prompt)
 
 
 def mask_prompts(
@@ -42,7 +43,9 @@ def mask_prompts(
     keys, everywhere = row_keys(key, row), jnp.ones(prompt.shape, bool)
     chance = jnp.full(prompt.shape[:1], probability)
     more = [
-        jnp.where(bernoulli(fold_in(keys, m), everywhere, chance), mask_id, prompt)[:, None]
+        jnp.where(bernoulli(fold_in(keys, m), everywhere, chance)[:, ::-1], mask_id, prompt)[
+            :, None
+        ]
         for m in range(1, samples)
     ]
     return jnp.concatenate([first, *more], axis=1)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dmrl.diffusion import order, schedule
+from dmrl.diffusion import order, schedule, stored
 from dmrl.diffusion.guidance import guided, nucleus
 from dmrl.diffusion.likelihood import POSITIONS, over_positions
 from dmrl.diffusion.masking import upto_eos
@@ -218,8 +218,9 @@ class _Walk:
 
     def run(self, state: _State, steps: _Step, alike: int = 1) -> tuple[_State, _Kept]:
         """Consecutive steps of one block, [n]; nothing where no row has a token to reveal."""
+        config = self.config
         kept = _Kept(
-            state.tokens if self.drafts else None, state.tokens if self.config.remasks else None
+            state.tokens if self.drafts else None, state.tokens if config.remasks else None
         )
         steps = self.opened(state, steps)
         due = jnp.any(steps.reveals > 0)
@@ -228,7 +229,7 @@ class _Walk:
 
         def act(state):
             first = jax.tree.map(lambda x: x[0], steps)
-            if self.config.cache_rule.every == 1:
+            if config.cache_rule.every == 1:
                 state, draft = self.reveal(
                     state, first, *self.read(state.tokens, first.start, alike)
                 )
@@ -240,8 +241,9 @@ class _Walk:
                 step = self.narrowed(state, step)
 
                 def extend(state):
-                    hidden = self.extend(state.tokens, step.start, store)
-                    return self.reveal(state, step, None, hidden)[0]
+                    tokens = self.sequence(state.tokens)
+                    args = (self.denoiser, config, tokens, self.valid, store, step.start)
+                    return self.reveal(state, step, None, stored.block(*args))[0]
 
                 return jax.lax.cond(jnp.any(step.reveals > 0), extend, lambda s: s, state), None
 
@@ -329,21 +331,6 @@ class _Walk:
         assert self.denoiser.cached is not None
         at = self.prompt.shape[1] + start
         return self.denoiser.cached.prefill(self.sequence(tokens), self.valid, at, self.width)
-
-    def extend(self, tokens: jax.Array, start: jax.Array, store: Any) -> jax.Array:
-        """Hidden states of the block from the store and the tokens that the cache leaves out."""
-        cached, length = self.denoiser.cached, self.prompt.shape[1]
-        assert cached is not None
-        args = (self.sequence(tokens), self.valid, store)
-        if self.config.cache_rule.kind == "dual":
-            return cached.extend(*args, length + start, self.width)
-
-        def from_block(edge: int) -> Any:
-            rest = self.config.length - edge
-            return lambda: cached.extend(*args, length + edge, rest)[:, : self.width]
-
-        branches = [from_block(block.start) for block in self.config.layout]
-        return jax.lax.switch(start // self.width, branches)
 
     def reveal(
         self, state: _State, step: _Step, whole: Any, hidden: jax.Array, policy: Any = None

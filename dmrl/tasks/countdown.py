@@ -25,7 +25,7 @@ from dmrl.tasks.answers import (
     last_answer,
 )
 from dmrl.tasks.arithmetic import Term, evaluate, literals, solve
-from dmrl.tasks.options import at_least, divided, one_of, rows, source_of_rows, span
+from dmrl.tasks.options import at_least, divided, one_of, rows, shots_of, source_of_rows, span
 
 _BUCKETS = {"train": range(2, 8), "validation": range(1, 2), "test": range(1)}
 """The hash values, of 8, that belong to each split."""
@@ -110,6 +110,9 @@ class Task:
     """Puzzles in 'train'."""
     held_out_size: int = 1024
     """Puzzles in 'validation' and in 'test'."""
+    shots: int = 0
+    """Worked examples from train in the prompts of free text, drawn by `split_seed`. The
+    published prompts have none, but the training prompt shows an answer's form."""
     source: str = "generated"
     """'generated', or rows of a data set with the fields of `Example`: `jsonl:PATH`,
     `hf:NAME[/CONFIG][:SPLIT]`, `tfds:NAME` (see `dmrl.sources`), which launch/data.py writes."""
@@ -125,6 +128,9 @@ class Task:
         at_least("split_seed", self.split_seed, 0)
         at_least("train_size", self.train_size, 1)
         at_least("held_out_size", self.held_out_size, 1)
+        at_least("shots", self.shots, 0)
+        if self.shots and self.style == "compact":
+            raise ValueError(f"shots={self.shots}: prompts in style='compact' have no examples")
 
     @property
     def alphabet(self) -> str:
@@ -181,11 +187,17 @@ class Task:
         """Numbers and target, with d1's format and instructions in the published style."""
         if self.style == "compact":
             return f"{','.join(map(str, example.numbers))}={example.target}:"
+        shots = "".join(
+            f"Question:\n{_asked(shot)}\nAnswer:\n{self._told(shot)}\n\n"
+            for shot in shots_of(self, self.shots, self.split_seed)
+        )
         if self.style == "evaluation":
-            asked = f"Numbers: {list(example.numbers)}\nTarget: {example.target}"
-            return f"{_EVALUATION}{BOXED_FORMAT}\n\n{asked}"
+            return f"{_EVALUATION}{BOXED_FORMAT}\n\n{shots}{_asked(example)}"
         text = _PROMPT.format(numbers=list(example.numbers), target=example.target)
-        return f"{FORMAT}\n{text}"
+        return f"{FORMAT}\n{shots}{text}"
+
+    def _told(self, example: Example) -> str:
+        return "".join(text for text, _ in self.trace(example) or [])
 
     def template(self, example: Example) -> str | None:
         """None: the model fills every position and chooses the expression's length."""
@@ -269,6 +281,10 @@ class Task:
             return evaluate(text) == example.target
         value = evaluate(text, powers=True)
         return value is not None and -1e-5 < value - example.target < 1e-5
+
+
+def _asked(example: Example) -> str:
+    return f"Numbers: {list(example.numbers)}\nTarget: {example.target}"
 
 
 def _opened(answer: str) -> str:

@@ -6,12 +6,12 @@ more for the format.
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from dmrl.tasks import equality, latex, parsers, tags
+from dmrl.tasks import equality, latex, parsers, problems, tags
 from dmrl.tasks.answers import PROTOCOLS, FreeText, answer_or_box, finished, rendered
 from dmrl.tasks.options import (
     at_least,
@@ -76,8 +76,9 @@ class Task(FreeText):
     held_out_size: int = 512
     """Questions in 'validation'."""
     source: str = "published"
-    """'published': the files below `data_dir`. Or `jsonl:PATH`, `hf:NAME[/CONFIG][:SPLIT]`,
-    `tfds:NAME` (see `dmrl.sources`), with the same fields."""
+    """'published': the files below `data_dir`. 'easy': generated questions for small models,
+    which say nothing about the published ones (`dmrl.tasks.problems`). Or `jsonl:PATH`,
+    `hf:NAME[/CONFIG][:SPLIT]`, `tfds:NAME` (see `dmrl.sources`), with the same fields."""
     data_dir: str | None = None
     """Directory holding gsm8k/train.jsonl and test.jsonl, with fields question and answer;
     default $DMRL_DATA."""
@@ -86,7 +87,7 @@ class Task(FreeText):
         one_of("style", self.style, ("published", "evaluation", "compact"))
         one_of("protocol", self.protocol, PROTOCOLS)
         equality_rule(self.equality, self.protocol)
-        source_of_rows(self.source, "published")
+        source_of_rows(self.source, "published", "easy")
         at_least("shots", self.shots, 0)
         at_least("split_seed", self.split_seed, 0)
         at_least("held_out_size", self.held_out_size, 1)
@@ -95,6 +96,10 @@ class Task(FreeText):
     def published(self) -> str:
         """The folder of the published files."""
         return "gsm8k"
+
+    def easy(self) -> Iterable[dict[str, Any]]:
+        """The rows of the source of that name."""
+        return problems.gsm8k()
 
     def examples(self, split: str) -> Sequence[Example]:
         """The questions of a split; the same on every call.

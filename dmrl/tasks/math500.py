@@ -4,11 +4,11 @@ The published reward (d1, shared by SPG, wd1 and EOSER) is 2 for the right answe
 for a box in an answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dmrl.tasks import equality, latex, parsers
+from dmrl.tasks import equality, latex, parsers, problems
 from dmrl.tasks.answers import PROTOCOLS, FreeText, answer_or_box, finished, open_answer, rendered
 from dmrl.tasks.options import (
     at_least,
@@ -63,8 +63,9 @@ class Task(FreeText):
     held_out_size: int = 512
     """Problems in 'validation'."""
     source: str = "published"
-    """'published': the files below `data_dir`. Or `jsonl:PATH`, `hf:NAME[/CONFIG][:SPLIT]`,
-    `tfds:NAME` (see `dmrl.sources`), with the same fields."""
+    """'published': the files below `data_dir`. 'easy': generated problems for small models,
+    which say nothing about the published ones (`dmrl.tasks.problems`). Or `jsonl:PATH`,
+    `hf:NAME[/CONFIG][:SPLIT]`, `tfds:NAME` (see `dmrl.sources`), with the same fields."""
     data_dir: str | None = None
     """Directory holding math500/train.jsonl and test.jsonl, with fields problem (or prompt),
     answer and solution (one of them may be missing); default $DMRL_DATA."""
@@ -73,7 +74,7 @@ class Task(FreeText):
         one_of("style", self.style, ("published", "evaluation", "compact"))
         one_of("protocol", self.protocol, PROTOCOLS)
         equality_rule(self.equality, self.protocol)
-        source_of_rows(self.source, "published")
+        source_of_rows(self.source, "published", "easy")
         at_least("shots", self.shots, 0)
         at_least("split_seed", self.split_seed, 0)
         at_least("held_out_size", self.held_out_size, 1)
@@ -82,6 +83,10 @@ class Task(FreeText):
     def published(self) -> str:
         """The folder of the published files."""
         return "math500"
+
+    def easy(self) -> Iterable[dict[str, Any]]:
+        """The rows of the source of that name."""
+        return problems.math500()
 
     def examples(self, split: str) -> Sequence[Example]:
         """The problems of a split; the same on every call.

@@ -76,16 +76,16 @@ def _complete(found: Iterable[sources.Row], fields: Sequence[str]) -> list[sourc
     return checked
 
 
-def source_of_rows(value: str, own: str) -> None:
-    """Checks the option `source` of a task whose own source is `own`.
+def source_of_rows(value: str, *own: str) -> None:
+    """Checks the option `source` of a task that has sources of its `own`.
 
     Raises ValueError for what is no source; nothing is opened.
     """
     kind, _, place = value.partition(":")
-    if value != own and not (kind in sources.KINDS and place):
+    if value not in own and not (kind in sources.KINDS and place):
         raise ValueError(
-            f"source={value!r} is not one of {own!r}, 'jsonl:PATH', 'hf:NAME[/CONFIG][:SPLIT]', "
-            "'tfds:NAME'"
+            f"source={value!r} is not one of {', '.join(map(repr, own))}, 'jsonl:PATH', "
+            "'hf:NAME[/CONFIG][:SPLIT]', 'tfds:NAME'"
         )
 
 
@@ -95,15 +95,16 @@ def divided(
     """The examples of a split of a data set, `make(row)` for every row.
 
     Rows come from `task.source`, where 'published' is train.jsonl and test.jsonl in the folder
-    `task.published` below `data_dir`. Splits that the data set has are taken as they are. One
-    that it lacks is `held_out_size` rows of its 'train', drawn by `split_seed` ('test' before
-    'validation'), and 'train' the rest: what chooses or measures is never trained on.
+    `task.published` below `data_dir`, and 'easy' what `task.easy()` gives. Splits that the data
+    set has are taken as they are. One that it lacks is `held_out_size` rows of its 'train', drawn
+    by `split_seed` ('test' before 'validation'), and 'train' the rest: what chooses or measures is
+    never trained on.
 
     Raises as `sources.read`, and ValueError for another split, for a row that lacks one of
     `fields` or of which `make` cannot make an example, and where nothing is left to train on.
     """
     one_of("split", split, sources.SPLITS)
-    found = published(task) if task.source == "published" else sources.read(task.source)
+    found = _found(task)
     if split in found and split != "train":
         chosen = _complete(found[split](), fields)
     elif "train" in found:
@@ -113,6 +114,14 @@ def divided(
     if not chosen:
         raise ValueError(f"source={task.source!r}: split {split!r} has no rows")
     return [_made(make, row) for row in chosen]
+
+
+def _found(task: Any) -> sources.Source:
+    if task.source == "published":
+        return published(task)
+    if task.source == "easy":
+        return {"train": lambda: (sources.Row("easy problems", row) for row in task.easy())}
+    return sources.read(task.source)
 
 
 def published(task: Any) -> sources.Source:

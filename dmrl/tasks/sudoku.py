@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from dmrl.tasks import BLANK, boards, parsers
 from dmrl.tasks.answers import FORMAT, PROTOCOLS, TEXT, finished, last_answer
 from dmrl.tasks.options import at_least, data_file, divided, one_of, source_of_rows, span
+from dmrl.tasks.sudoku_shots import SHOTS, asking, shown
 
 CELLS = 16
 TRAIN_GRIDS, HELD_OUT_GRIDS = 200, 44
@@ -67,7 +68,6 @@ Rules:
 Give the whole solved grid as one string of {cells} digits from 1 to {size}, without spaces or \
 separators, between <answer> and </answer>.
 
-Solve the following Sudoku puzzle: {puzzle}
 """
 
 
@@ -111,6 +111,10 @@ class Task:
     last <answer>. 'd1', 'spg': as by the authors' evaluation script, which takes the first
     answer, keeps words and separators, and calls a board solved if its empty cells are those
     of the given solution. The reward is not touched."""
+    shots: int = 0
+    """Worked examples in a published 4x4 prompt, at most 3: SPG trains and evaluates with all
+    three of its puzzles, d1 with none. Their grids are then in the generated `train` and their
+    puzzles in no generated split, as in SPG's."""
     blanks: Sequence[int] = (4, 12)
     """Fewest and most empty cells of a generated puzzle; all numbers are equally frequent as
     far as puzzles exist. No 4x4 puzzle with more than 12 has one solution; in a 9x9 puzzle
@@ -133,6 +137,13 @@ class Task:
         one_of("protocol", self.protocol, PROTOCOLS)
         if self.size not in (4, 9):
             raise ValueError(f"size={self.size!r} is not one of 4, 9")
+        at_least("shots", self.shots, 0)
+        there = len(SHOTS) if (self.size, self.style) == (4, "published") else 0
+        if self.shots > there:
+            raise ValueError(
+                f"shots={self.shots}: for size={self.size} and style={self.style!r} there are "
+                f"{there} worked examples, for size=4 and style='published' {len(SHOTS)}"
+            )
         most = 12 if self.size == 4 else 60
         object.__setattr__(self, "blanks", span("blanks", self.blanks, 1, most))
         source_of_rows(self.source, "generated")
@@ -181,8 +192,11 @@ class Task:
                 return [Example(row["Puzzle"], row["Solution"]) for row in csv.DictReader(file)]
         part, _, multi = split.partition("_")
         size = self.train_size if split == "train" else self.held_out_size
-        inside = _division(self.split_seed)[_GENERATED.index(part)]
+        told = SHOTS[: self.shots]
+        inside = _division(self.split_seed, told)[_GENERATED.index(part)]
         pool = _several_solutions(inside) if multi else _one_solution(inside)
+        for puzzle, solution in told:
+            pool[inside == _number(solution), _mask(puzzle)] = False
         rng = np.random.default_rng([self.split_seed, _SPLITS.index(split)])
         row, mask = _draw(pool, self.blanks, size, rng)
         solved = grids()[inside[row]]
@@ -202,7 +216,11 @@ class Task:
         digits, box = ", ".join(_digits(self.size)), math.isqrt(self.size)
         digits = " and ".join(digits.rsplit(", ", 1))
         values = {"size": self.size, "cells": self._cells, "box": box, "digits": digits}
-        asked = _PROMPT.format(puzzle=example.puzzle, **values)
+        asked = asking(example.puzzle)
+        if self.shots:
+            shots = "\n".join(map(shown, SHOTS[: self.shots]))
+            asked = f"{shots}\nQuestion:\n{asked}Answer:\n"
+        asked = f"{_PROMPT.format(**values)}{asked}"
         return f"{FORMAT}\n{asked}" if self.style == "published" else asked
 
     def _nine(self, split: str) -> list[Example]:
@@ -270,17 +288,17 @@ class Task:
         return example.solution
 
     def recorded(self, question: str, truth: Any) -> Example:
-        """The example of a saved generation: the puzzle in its question, and its solution.
+        """The example of a saved generation: the last puzzle in its question, and its solution.
 
         Raises:
           ValueError: no puzzle of 16 (or 81) digits stands in the question.
         """
-        found = re.search(f"[0-{self.size}]{{{self._cells}}}", question)
-        if found is None:
+        found = re.findall(f"[0-{self.size}]{{{self._cells}}}", question)
+        if not found:
             raise ValueError(
                 f"no puzzle of {self._cells} digits from 0 to {self.size} in {question!r}"
             )
-        return Example(found.group(), str(truth))
+        return Example(found[-1], str(truth))
 
     def _drawn(self, board: str) -> str:
         if self.style in ("published", "template"):
@@ -349,9 +367,22 @@ def _complete(units: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return found
 
 
-def _division(seed: int) -> list[NDArray[np.int64]]:
-    """The grids of train, validation and test, as indices into `grids()`."""
+def _number(board: str) -> int:
+    """The index of a solved 4x4 board in `grids()`."""
+    return int(np.flatnonzero((grids() == np.array(list(board), np.uint8)).all(axis=1))[0])
+
+
+def _mask(puzzle: str) -> int:
+    """The blank mask of a puzzle."""
+    return sum(1 << c for c, digit in enumerate(puzzle) if digit == "0")
+
+
+def _division(seed: int, told: Sequence[tuple[str, str]]) -> list[NDArray[np.int64]]:
+    """The grids of train, validation and test, as indices into `grids()`; those of worked
+    examples in train."""
     order = np.random.default_rng(seed).permutation(len(grids()))
+    first = np.array([_number(solution) for _, solution in told], np.int64)
+    order = np.concatenate([first, order[~np.isin(order, first)]])
     return np.split(order, [TRAIN_GRIDS, TRAIN_GRIDS + HELD_OUT_GRIDS])
 
 

@@ -58,12 +58,11 @@ def _tiny(steps, length):
     decoding = {"length": length, "block_length": length, "steps": steps, "temperature": 0.0}
     made = common.tiny_sudoku(
         {"upo": term("upo", 1.0, **options)},
-        optimizer={"learning_rate": 1e-3, "warmup_steps": 5},
+        optimizer={"learning_rate": 5e-4, "warmup_steps": 5},
         sampling=decoding | {"order": "learned:1"},
-        steps=50,
-        prompts_per_step=16,
+        steps=40,
+        prompts_per_step=32,
         num_generations=8,
-        num_iterations=2,
         rollout_chunks=1,
     )
     made.task.reward = "cells"

@@ -196,7 +196,9 @@ def test_the_enumeration_is_a_law():
     assert len(trajectories(2)[0]) < 6 * 27
 
 
-@pytest.mark.parametrize("hp", [KL, UNIFORM], ids=lambda hp: hp.reference)
+@pytest.mark.parametrize(
+    "hp", [KL, pytest.param(UNIFORM, marks=pytest.mark.slow)], ids=lambda hp: hp.reference
+)
 def test_the_regularisers_gradient_is_that_of_the_exact_trajectory_kl(hp):
     order, reference = variables()["order"], log_reference(hp).sum(1)
     tokens = trajectories(hp.top_k)[3]
@@ -285,11 +287,11 @@ def test_ties_of_confidence_share_the_target():
     allowed = jnp.array([[True, True, True, False]])
     confidence = jnp.array([[0.7, 0.7, 0.1, 0.9]])
     chosen = jnp.array([[False, False, True, False]])
-    loss, agrees = decisions.imitation(decisions.Decision(law, confidence, allowed, chosen))
-    assert float(loss[0]) == pytest.approx(-(np.log(0.5) + np.log(0.2)) / 2)
-    assert bool(agrees[0])
+    got = decisions.summary(decisions.Decision(law, confidence, allowed, chosen), None)
+    assert float(got.cross_entropy[0]) == pytest.approx(-(np.log(0.5) + np.log(0.2)) / 2)
+    assert (float(got.agrees[0]), float(got.due[0])) == (1, 1)
     none = decisions.Decision(law, confidence, allowed, jnp.zeros_like(chosen))
-    assert [float(x[0]) for x in decisions.imitation(none)] == [0, 0]
+    assert [float(x[0]) for x in decisions.summary(none, None)] == [0] * 6
 
 
 def test_the_law_is_normalised_over_candidates_alone():
@@ -308,16 +310,19 @@ def test_top_k_allows_the_most_confident_masks_and_no_other():
     got = order.most_confident(confidence, masked, 2)
     np.testing.assert_array_equal(got, [[0, 0, 1, 1, 0], [0, 0, 0, 1, 0]])
     np.testing.assert_array_equal(order.most_confident(confidence, masked, 0), masked)
-    law = upo.reference_law(decisions.Decision(confidence, confidence, got, got), UNIFORM)
-    np.testing.assert_allclose(law[got], [-np.log(2), -np.log(2), 0], atol=1e-6)
+    chosen = jnp.array([[False, False, True, False, False], [False, False, False, True, False]])
+    seen = decisions.summary(decisions.Decision(confidence, confidence, got, chosen), None)
+    np.testing.assert_allclose(seen.reference, [-np.log(2), 0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_kept_inputs_change_no_gradient():
     items, kept = batch(KL, centred()), dataclasses.replace(KL, keep_inputs=True)
     got = gradient(variables()["order"], items, kept)
     tiny.assert_close(got, gradient(variables()["order"], items, KL), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_of_strided_microbatches_add_up():
     order, whole = variables()["order"], batch(KL, centred())
     parts = [jax.tree.map(lambda x, i=i: x[i::2], whole) for i in range(2)]
@@ -357,6 +362,7 @@ def test_two_positions_in_one_step_end_in_nan():
     assert np.isfinite(value(variables()["order"], alone, KL)[0])
 
 
+@pytest.mark.slow
 def test_imitation_is_the_mean_cross_entropy_of_all_states():
     made = rollout([2, TEMPLATE, 0, 1])
     hp = imitation.Hyper(steps=STEPS, block_length=LENGTH)
@@ -393,14 +399,9 @@ def test_the_authors_numbers(recorded_more, name):
 
     def loss(scores):
         law = order.log_law(scores, allowed)
-        cross_entropy, _ = decisions.imitation(decisions.Decision(law, confidence, allowed, chosen))
-        zeros = jnp.zeros((rows, steps))
-        found = upo.Read(
-            decisions.log_prob(law, chosen).reshape(rows, steps),
-            zeros + by_step,
-            cross_entropy.reshape(rows, steps),
-            *[zeros] * 3,
-        )
+        read = decisions.summary(decisions.Decision(law, confidence, allowed, chosen), None)
+        found = jax.tree.map(lambda x: x.reshape(rows, steps), read)
+        found = found._replace(reference=jnp.zeros((rows, steps)) + by_step)
         return jnp.mean(upo.objective(found, recorded["advantages"], recorded["old_logps"], hp))
 
     got, grad = jax.jit(jax.value_and_grad(loss))(recorded["scores"])

@@ -7,9 +7,9 @@ more than that its orders begin this way.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -58,8 +58,7 @@ def prepare(
 
 def loss(models: Models, batch: Batch, hp: Hyper) -> tuple[Float[Array, ""], Metrics]:
     """The equation above; "order/agreement": the share of states whose favourite is the same."""
-    args = (hp.steps, hp.block_length, 0, decisions.imitation)
-    cross_entropy, agrees = decisions.visit(models.policy, batch.trace, *args)
-    total = jnp.sum(batch.weight[:, None] * cross_entropy)
-    agreement = jnp.sum(batch.weight[:, None] * agrees)
-    return total, {"order/agreement": jax.lax.stop_gradient(agreement)}
+    read = functools.partial(decisions.summary, tau=None)
+    found = decisions.visit(models.policy, batch.trace, hp.steps, hp.block_length, 0, read)
+    each = batch.weight[:, None]
+    return jnp.sum(each * found.cross_entropy), {"order/agreement": jnp.sum(each * found.agrees)}

@@ -12,6 +12,7 @@ whatever the rollout's: the authors draw at 0.8 and ignore that.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,6 @@ from jaxtyping import Array, Float
 
 from dmrl.algorithms import advantage, surrogate
 from dmrl.diffusion import decisions
-from dmrl.diffusion.order import log_law
 from dmrl.types import Inner, Metrics, Models, PRNGKey, Probe, Rollout
 
 REFERENCES = ("max_confidence", "softmax_confidence", "top_k")
@@ -74,20 +74,6 @@ class Batch(NamedTuple):
     """1 / number of trajectories in the whole batch."""
 
 
-class Read(NamedTuple):
-    """What the loss reads of every decision; 0 where a step revealed nothing."""
-
-    log_prob: Float[Array, "*n"]
-    reference: Float[Array, "*n"]
-    cross_entropy: Float[Array, "*n"]
-    agrees: Float[Array, "*n"]
-    """Whether the order's favourite is a most confident candidate."""
-    entropy: Float[Array, "*n"]
-    """Of the order, in nats."""
-    due: Float[Array, "*n"]
-    """Whether there was a decision."""
-
-
 def needs(hp: Hyper) -> frozenset[str]:
     """The order, and nothing else is trained."""
     del hp
@@ -115,27 +101,14 @@ def prepare(
         trace=decisions.trace_of(rollout),
         advantage=advantage.group_relative(rollout.reward, rollout.group, hp.divide_by_std),
         old=old,
-        weight=jnp.where(single, 1 / rollout.reward.size, jnp.nan),
+        weight=jnp.where(single, 1 / rollout.reward.size, jnp.nan).astype(jnp.float32),
     )
 
 
 def loss(models: Models, batch: Batch, hp: Hyper) -> tuple[Float[Array, ""], Metrics]:
     """The equation above; `batch.weight` carries the mean over the whole batch."""
-
-    def read(decision: decisions.Decision) -> Read:
-        law, chosen = decision.log_law, decision.chosen
-        p = jax.lax.stop_gradient(jnp.exp(law))
-        cross_entropy, agrees = decisions.imitation(decision)
-        due = jnp.any(chosen, axis=-1).astype(jnp.float32)
-        return Read(
-            decisions.log_prob(law, chosen),
-            decisions.log_prob(reference_law(decision, hp), chosen),
-            cross_entropy,
-            agrees.astype(jnp.float32),
-            due * jnp.sum(jnp.where(decision.candidates, -p * law, 0.0), axis=-1),
-            due,
-        )
-
+    tau = hp.tau if hp.reference == "softmax_confidence" else None
+    read = functools.partial(decisions.summary, tau=tau)
     args = (hp.steps, hp.block_length, hp.top_k, read, hp.keep_inputs)
     found = decisions.visit(models.policy, batch.trace, *args)
     old = jax.lax.stop_gradient(found.log_prob) if batch.old is None else batch.old
@@ -146,23 +119,16 @@ def loss(models: Models, batch: Batch, hp: Hyper) -> tuple[Float[Array, ""], Met
         "clip_ratio/region_mean": (jnp.abs(rho - 1) > hp.epsilon).astype(jnp.float32),
         "order/entropy": found.entropy,
         "order/agreement": found.agrees,
-        "order/cross_entropy": found.cross_entropy,
     }
     metrics = {name: jnp.sum(decided * x) for name, x in each.items()}
-    gap = jnp.sum(found.log_prob - found.reference, axis=1)
-    return jnp.sum(batch.weight * terms), metrics | {"kl": jnp.sum(batch.weight * gap)}
-
-
-def reference_law(decision: decisions.Decision, hp: Hyper) -> Float[Array, "n w"]:
-    """log g_ref of every candidate. Max-confidence has none: as for `top_k`, uniform."""
-    confidence = decision.confidence / hp.tau
-    if hp.reference != "softmax_confidence":
-        confidence = jnp.zeros_like(confidence)
-    return log_law(confidence, decision.candidates)
+    if hp.reference != "max_confidence":
+        gap = jnp.sum(found.log_prob - found.reference, axis=1)
+        metrics["kl"] = jnp.sum(batch.weight * gap)
+    return jnp.sum(batch.weight * terms), metrics
 
 
 def objective(
-    found: Read, advantage: Float[Array, " n"], old: Float[Array, "n t"], hp: Hyper
+    found: decisions.Summary, advantage: Float[Array, " n"], old: Float[Array, "n t"], hp: Hyper
 ) -> Float[Array, " n"]:
     """The equation above for every trajectory."""
     limit = LARGEST_LOG_RATIO

@@ -97,22 +97,42 @@ def visit(
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
 
 
-def log_prob(law: Float[Array, "n w"], chosen: Bool[Array, "n w"]) -> Float[Array, " n"]:
-    """log of the law at what was chosen; 0 where nothing was."""
-    return jnp.sum(jnp.where(chosen, law, 0.0), axis=-1)
+class Summary(NamedTuple):
+    """What losses read of every decision, float32; 0 where a step revealed nothing."""
+
+    log_prob: Float[Array, "*n"]
+    """log g of what was chosen."""
+    reference: Float[Array, "*n"]
+    """log of the reference there: softmax(confidence / tau), or uniform over the candidates."""
+    cross_entropy: Float[Array, "*n"]
+    """To max-confidence: one-hot at the most confident candidate, split evenly between ties."""
+    agrees: Float[Array, "*n"]
+    """1 where the order's favourite is a most confident candidate."""
+    entropy: Float[Array, "*n"]
+    """Of the order, in nats."""
+    due: Float[Array, "*n"]
+    """1 where there was a decision."""
 
 
-def imitation(decision: Decision) -> tuple[Float[Array, " n"], Bool[Array, " n"]]:
-    """(cross entropy to max-confidence, whether the order's favourite is a most confident one).
-
-    The target is one-hot at the most confident candidate, split evenly between ties. 0 and False
-    where nothing was chosen.
-    """
-    allowed, law = decision.candidates, decision.log_law
-    confidence = jnp.where(allowed, decision.confidence, -jnp.inf)
-    best = allowed & (confidence == jnp.max(confidence, axis=-1, keepdims=True))
-    due = jnp.any(decision.chosen, axis=-1)
+def summary(decision: Decision, tau: float | None) -> Summary:
+    """One step of N trajectories; `tau` None: a uniform reference."""
+    law, confidence, allowed, chosen = decision
+    due = jnp.any(chosen, axis=-1).astype(jnp.float32)
+    scores = jnp.zeros_like(confidence) if tau is None else confidence / tau
+    sure = jnp.where(allowed, confidence, -jnp.inf)
+    best = allowed & (sure == jnp.max(sure, axis=-1, keepdims=True))
     target = best / jnp.maximum(jnp.sum(best, axis=-1, keepdims=True), 1)
-    loss = -jnp.sum(target * jnp.where(allowed, law, 0.0), axis=-1)
     favourite = jnp.take_along_axis(best, jnp.argmax(law, axis=-1, keepdims=True), axis=-1)
-    return jnp.where(due, loss, 0.0), due & favourite[:, 0]
+    p = jax.lax.stop_gradient(jnp.exp(law))
+
+    def over(weight: jax.Array, log_p: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(allowed, weight * log_p, 0.0), axis=-1)
+
+    return Summary(
+        log_prob=jnp.sum(jnp.where(chosen, law, 0.0), axis=-1),
+        reference=jnp.sum(jnp.where(chosen, log_law(scores, allowed), 0.0), axis=-1),
+        cross_entropy=-due * over(target, jnp.where(allowed, law, 0.0)),
+        agrees=due * favourite[:, 0],
+        entropy=-due * over(p, law),
+        due=due,
+    )

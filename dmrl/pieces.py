@@ -1,9 +1,11 @@
 """Batches in pieces: strided, so that the pieces of a sharded axis stay on all devices."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 from dmrl.types import Denoiser
 
@@ -19,6 +21,26 @@ def strided(x: jax.Array, count: int) -> jax.Array:
     if x.shape[0] % count:
         raise ValueError(f"microbatches={count} does not divide the {x.shape[0]} items of a term")
     return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
+
+
+def idle_last(batch: Any, idle: Bool[Array, " n"], count: int, shards: int) -> Any:
+    """The items of `batch` so ordered that idle ones fill the last of `count` strided pieces.
+
+    Items stay on their shard, each with n / shards of them in a row. As they are where `count`
+    does not divide these.
+    """
+    own = idle.shape[0] // shards
+    if idle.shape[0] % shards or own % count:
+        return batch
+    order = jnp.argsort(idle.reshape(shards, own), axis=1, stable=True)
+    order = order.reshape(shards, count, own // count).swapaxes(1, 2).reshape(shards, own)
+
+    def reordered(x: jax.Array) -> jax.Array:
+        rows = x.reshape(shards, own, *x.shape[1:])
+        place = order.reshape(shards, own, *[1] * (x.ndim - 1))
+        return jnp.take_along_axis(rows, place, axis=1).reshape(x.shape)
+
+    return jax.tree.map(reordered, batch)
 
 
 def in_pieces(denoiser: Denoiser, count: int) -> Denoiser:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool
 
 from dmrl import algorithms, models, parallel, pieces
 from dmrl.diffusion import drift, probe, sampler
@@ -370,15 +371,39 @@ class Programs:
         gradient = jax.grad(objective, has_aux=True)
         if self.microbatches == 1:
             return gradient(trainable, batches)
-        cut = jax.tree.map(functools.partial(pieces.strided, count=self.microbatches), batches)
+        cut, live = self._cut(batches)
 
         def accumulate(total, piece):
-            return jax.tree.map(jnp.add, total, gradient(trainable, piece)), None
+            batches, live = piece
+            return jax.lax.cond(
+                live,
+                lambda: jax.tree.map(jnp.add, total, gradient(trainable, batches)),
+                lambda: total,
+            ), None
 
         first = jax.tree.map(lambda x: x[0], cut)
         shapes = jax.eval_shape(gradient, trainable, first)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(accumulate, zeros, cut)[0]
+        return jax.lax.scan(accumulate, zeros, (cut, live))[0]
+
+    def _cut(self, batches: tuple[Any, ...]) -> tuple[Any, Bool[Array, " count"]]:
+        """The batches in microbatches, and which of these have a gradient.
+
+        Items that give none (`idle` of an algorithm) are put together, so that their
+        microbatches cost nothing.
+        """
+        count, shards = self.microbatches, parallel.batch_shards(self.mesh)
+        cut = functools.partial(pieces.strided, count=count)
+        live, made = jnp.zeros((count,), bool), []
+        for term, batch in zip(self.terms, batches, strict=True):
+            if not hasattr(term.algorithm, "idle"):
+                live, ordered = jnp.ones((count,), bool), batch
+            else:
+                idle = term.algorithm.idle(batch, term.hyper)
+                ordered, idle = pieces.idle_last((batch, idle), idle, count, shards)
+                live |= jnp.any(~cut(idle), axis=1)
+            made.append(jax.tree.map(cut, ordered))
+        return tuple(made), live
 
 
 def part_of(trainable: Any, frozen: Any) -> Any:

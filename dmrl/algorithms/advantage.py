@@ -52,8 +52,9 @@ def within(reward: Float[Array, "*b z"], baseline: str = "mean") -> Float[Array,
     """Advantage of each of Z siblings on the last axis.
 
     `mean`: r - mean (DiSPO eq. 3). `leave_one_out`: r - mean of the others, which removes the
-    factor (Z-1)/Z of DiSPO's Theorem 4.1.
+    factor (Z-1)/Z of DiSPO's Theorem 4.1. Exactly 0 where all tie.
     """
-    centred = reward - jnp.mean(reward, axis=-1, keepdims=True)
+    tied = jnp.all(reward == reward[..., :1], axis=-1, keepdims=True)
+    centred = jnp.where(tied, 0.0, reward - jnp.mean(reward, axis=-1, keepdims=True))
     z = reward.shape[-1]
     return centred * (z / (z - 1)) if baseline == "leave_one_out" else centred

@@ -13,7 +13,7 @@ policy and the same number at every step, the expected gradient at theta_old is 
 
 import dataclasses
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from dmrl.algorithms import advantage, surrogate
 from dmrl.diffusion.masking import upto_eos
@@ -77,6 +77,11 @@ def prepare(
     pieces = batch.state.shape[0] // rows
     reference = surrogate.reference(models, hp.beta)
     return surrogate.with_frozen(batch, models.behaviour, reference, pieces)
+
+
+def idle(batch: surrogate.Batch, hp: Hyper) -> Bool[Array, " n"]:
+    """Items that the loss gets no gradient from."""
+    return surrogate.idle(batch.advantage, batch.weight, hp.beta > 0)
 
 
 def loss(models: Models, batch: surrogate.Batch, hp: Hyper) -> tuple[Float[Array, ""], Metrics]:

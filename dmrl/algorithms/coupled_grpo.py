@@ -124,6 +124,11 @@ def prepare(
     return batch._replace(old=old, reference=reference)
 
 
+def idle(batch: Batch, hp: Hyper) -> Bool[Array, " n"]:
+    """Items that the loss gets no gradient from."""
+    return surrogate.idle(batch.advantage, batch.weight, hp.beta > 0)
+
+
 def loss(models: Models, batch: Batch, hp: Hyper) -> tuple[Float[Array, ""], Metrics]:
     """The equation above."""
     value = estimate(models.policy, batch)

@@ -8,7 +8,7 @@ A = r - mean of the group;  w_i = 1 / #tokens up to EOS, over the whole batch
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from dmrl.algorithms import advantage, surrogate
 from dmrl.diffusion.masking import mask_prompt, upto_eos
@@ -69,6 +69,11 @@ def prepare(
     )
     reference = surrogate.reference(models, hp.beta)
     return surrogate.with_frozen(batch, models.behaviour, reference)
+
+
+def idle(batch: surrogate.Batch, hp: Hyper) -> Bool[Array, " n"]:
+    """Items that the loss gets no gradient from."""
+    return surrogate.idle(batch.advantage, batch.weight, hp.beta > 0)
 
 
 def loss(models: Models, batch: surrogate.Batch, hp: Hyper) -> tuple[Float[Array, ""], Metrics]:

@@ -157,6 +157,11 @@ def prepare(
     return surrogate.with_frozen(batch, old, reference, pieces=hp.states)
 
 
+def idle(batch: surrogate.Batch, hp: Hyper) -> Bool[Array, " n"]:
+    """Items that the loss gets no gradient from."""
+    return surrogate.idle(batch.advantage, batch.weight, hp.beta > 0)
+
+
 def loss(models: Models, batch: surrogate.Batch, hp: Hyper) -> tuple[Float[Array, ""], Metrics]:
     """The equation above; with weights of tokens, mean_t ( . ) / n is sum_t ( . ) / #tokens."""
     policy = tempered(models.policy, hp.temperature)

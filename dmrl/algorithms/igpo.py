@@ -110,6 +110,11 @@ def _entropy(policy: Denoiser, rollout: Rollout, state: Int[Array, "b l"]) -> Fl
     )
 
 
+def idle(batch: surrogate.Batch, hp: Hyper) -> Bool[Array, " n"]:
+    """Items that the loss gets no gradient from."""
+    return surrogate.idle(batch.advantage, batch.weight, hp.beta > 0)
+
+
 def loss(models: Models, batch: surrogate.Batch, hp: Hyper) -> tuple[Float[Array, ""], Metrics]:
     """The equation above."""
     return surrogate.loss(models.policy, batch, hp.epsilon, hp.beta, hp.ratio_level)

@@ -84,6 +84,8 @@ class Batch(NamedTuple):
     advantage: Float[Array, " n"]
     share: Float[Array, " n"]
     """n_j / sum n over the whole batch, so that microbatches add up."""
+    logged: Float[Array, " n"]
+    """The same over the completions that train, for the metrics."""
 
 
 def prepare(
@@ -111,6 +113,8 @@ def prepare(
     hidden, inverse_t = _maskings(keys, counted, hp)
     hidden |= (free & ~counted)[:, None]
     noise = (hp.p_mask_prompt, mask_id, hp.samples)
+    credit = advantage.group_relative(rollout.reward, rollout.group)
+    trains = jnp.where(_unused(credit, hp), 0, length)
     return Batch(
         prompt=masking.mask_prompts(key, rollout.row, rollout.prompt, *noise),
         prompt_valid=rollout.prompt_valid,
@@ -118,8 +122,9 @@ def prepare(
         labels=tokens,
         inverse_t=inverse_t,
         length=length,
-        advantage=advantage.group_relative(rollout.reward, rollout.group),
+        advantage=credit,
         share=length / jnp.maximum(jnp.sum(length), 1),
+        logged=trains / jnp.maximum(jnp.sum(trains), 1),
     )
 
 
@@ -140,8 +145,17 @@ def _maskings(
     return hidden, hidden / jnp.where(t > 0, t, 1.0)[:, :, None]
 
 
+def idle(batch: Batch, hp: Hyper) -> Bool[Array, " n"]:
+    """Items that the loss gets no gradient from."""
+    return _unused(batch.advantage, hp)
+
+
+def _unused(credit: Float[Array, " n"], hp: Hyper) -> Bool[Array, " n"]:
+    return credit <= 0 if hp.negative == "zero" else credit == 0
+
+
 def loss(models: Models, batch: Batch, hp: Hyper) -> tuple[Float[Array, ""], Metrics]:
-    """The equations above; logs both bounds, in nats per token."""
+    """The equations above; logs both bounds of what trains, in nats per token."""
     log_prob = likelihood.masks_log_prob(
         models.policy, batch.prompt, batch.prompt_valid, batch.state, batch.labels
     )
@@ -149,5 +163,5 @@ def loss(models: Models, batch: Batch, hp: Hyper) -> tuple[Float[Array, ""], Met
     mix = likelihood.mixture(lower, upper, hp.omega)
     negative = {"mix": mix, "eubo": upper, "elbo": lower, "zero": jnp.zeros_like(lower)}
     estimate = jnp.where(batch.advantage > 0, lower, negative[hp.negative])
-    metrics = {"elbo": jnp.sum(batch.share * lower), "eubo": jnp.sum(batch.share * upper)}
+    metrics = {"elbo": jnp.sum(batch.logged * lower), "eubo": jnp.sum(batch.logged * upper)}
     return -jnp.sum(batch.share * batch.advantage * estimate), metrics

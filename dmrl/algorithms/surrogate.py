@@ -62,6 +62,17 @@ def reference(models: Models, beta: float) -> Denoiser | None:
     return models.reference if beta > 0 else None
 
 
+def idle(
+    advantage: Float[Array, "n z"], weight: Float[Array, "n z l"], penalised: bool
+) -> Bool[Array, " n"]:
+    """Items without a gradient: no token counts or, unless there is a penalty, none that counts
+    has an advantage."""
+    trained = weight > 0
+    if not penalised:
+        trained &= advantage[..., None] != 0
+    return ~jnp.any(trained, axis=(1, 2))
+
+
 RATIO_LEVELS = ("token", "sequence")
 
 

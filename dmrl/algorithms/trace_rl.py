@@ -15,7 +15,7 @@ of data, not made here.
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from dmrl.algorithms import advantage, surrogate
 from dmrl.diffusion.likelihood import state_log_prob
@@ -74,6 +74,11 @@ def prepare(
         hp.shrink,
     )
     return surrogate.with_frozen(batch, models.behaviour, None, batch.state.shape[0] // rows)
+
+
+def idle(batch: surrogate.Batch, hp: Hyper) -> Bool[Array, " n"]:
+    """Items that the loss gets no gradient from: those to spare, and without a penalty ties."""
+    return surrogate.idle(batch.advantage, batch.weight, hp.beta > 0)
 
 
 def loss(models: Models, batch: surrogate.Batch, hp: Hyper) -> tuple[Float[Array, ""], Metrics]:

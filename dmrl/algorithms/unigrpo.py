@@ -13,7 +13,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dmrl.algorithms import advantage, surrogate
 from dmrl.diffusion.masking import bernoulli, upto_eos
@@ -92,6 +92,11 @@ def prepare(
     )
     reference = surrogate.reference(models, hp.beta)
     return surrogate.with_frozen(batch, models.behaviour, reference)
+
+
+def idle(batch: surrogate.Batch, hp: Hyper) -> Bool[Array, " n"]:
+    """Items that the loss gets no gradient from."""
+    return surrogate.idle(batch.advantage, batch.weight, hp.beta > 0)
 
 
 def loss(models: Models, batch: surrogate.Batch, hp: Hyper) -> tuple[Float[Array, ""], Metrics]:

@@ -94,6 +94,12 @@ def prepare(
     )
 
 
+def idle(batch: Batch, hp: Hyper) -> Bool[Array, " n"]:
+    """Items that the loss gets no gradient from: groups that tie."""
+    del hp
+    return batch.weight == 0
+
+
 def loss(models: Models, batch: Batch, hp: Hyper) -> tuple[Float[Array, ""], Metrics]:
     """The equation above."""
     del hp

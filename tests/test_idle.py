@@ -1,0 +1,133 @@
+"""Items without a gradient: each method names its own truly, and they cost no forward."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_programs import GROUP, KEY, MODEL, SAMPLING, behaviour, fresh, prompts, scored
+from tiny import assert_close
+
+from dmrl import models, parallel, pieces
+from dmrl.programs import Programs, make_term, needs
+from dmrl.types import Inner, Models
+
+METHODS = {
+    "diffu_grpo": {"beta": 0.0},
+    "dispo": {"beta": 0.0, "states": 2},
+    "spg": {"block_length": 4},
+    "wd1": {},
+    "unigrpo": {"beta": 0.0},
+    "coupled_grpo": {"beta": 0.0},
+    "cj_grpo": {"beta": 0.0, "states": 4},
+    "trace_rl": {"beta": 0.0, "shrink": 1, "states": 4},
+    "egspo": {"beta": 0.0, "states": 2},
+    "igpo": {"beta": 0.0},
+}
+
+
+def programs(terms, microbatches=1):
+    return Programs(
+        MODEL, terms, SAMPLING, optax.sgd(1.0), parallel.make_mesh(), GROUP, 1, microbatches
+    )
+
+
+def tied(rollout, probes):
+    """The same with all rewards of the first half of the groups, and some branches, equal."""
+    half = jnp.arange(len(rollout.reward)) < len(rollout.reward) // 2
+    probes = tuple(
+        None if p is None else p._replace(reward=jnp.where(half[:, None, None], 0.3, p.reward))
+        for p in probes
+    )
+    return rollout._replace(reward=jnp.where(half, 0.7, rollout.reward)), probes
+
+
+def prepared(name, options):
+    """(term, batch, idle, loss of one item as a function of the parameters)."""
+    term = make_term(name, 1.0, options)
+    p = programs((term,))
+    rollout, probes = tied(*scored(*p.rollout(behaviour(), None, prompts(), 0, KEY)))
+    policy = models.bind(MODEL, fresh(behaviour()))
+    reference = policy if "reference" in needs((term,)) else None
+    trio = Models(policy, policy, reference)
+    inner = Inner(jnp.int32(0), 1, KEY)
+    batch = term.algorithm.prepare(trio, rollout, probes[0], KEY, inner, term.hyper)
+    return term, trio, batch, np.asarray(term.algorithm.idle(batch, term.hyper))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_idle_items_have_no_gradient_and_only_they(name):
+    term, trio, batch, idle = prepared(name, METHODS[name])
+    assert 0 < idle.sum() < len(idle)
+
+    @jax.jit
+    def norm(item):
+        def value(params):
+            bound = trio._replace(policy=models.bind(MODEL, params))
+            return term.algorithm.loss(bound, item, term.hyper)[0]
+
+        return optax.tree.norm(jax.grad(value)(fresh(behaviour())))
+
+    found = [norm(jax.tree.map(lambda x, i=i: x[i : i + 1], batch)) for i in range(len(idle))]
+    assert np.max(np.asarray(found)[idle]) < 1e-7
+    assert np.min(np.asarray(found)[~idle]) > 1e-7
+
+
+@pytest.mark.parametrize("name", ["diffu_grpo", "unigrpo", "cj_grpo", "igpo"])
+def test_with_a_penalty_a_tie_is_not_idle(name):
+    options = METHODS[name] | {"beta": 0.1}
+    *_, batch, idle = prepared(name, options)
+    np.testing.assert_array_equal(idle, ~np.any(np.asarray(batch.weight) > 0, axis=(1, 2)))
+
+
+def test_idle_microbatches_run_no_forward_and_change_nothing():
+    terms = tuple(make_term(n, 1.0, METHODS[n]) for n in ("diffu_grpo", "dispo"))
+    chunk = tied(*scored(*programs(terms).rollout(behaviour(), None, prompts(), 0, KEY)))
+    runs = []
+
+    def counting(term):
+        def loss(bound, batch, hp):
+            jax.debug.callback(lambda: runs.append(term.name))
+            return term.algorithm.loss(bound, batch, hp)
+
+        module = types.SimpleNamespace(**vars(term.algorithm) | {"loss": loss})
+        return term._replace(algorithm=module)
+
+    found = {}
+    for count in (1, 4):
+        p = programs(tuple(counting(t) for t in terms), count)
+        state = p.init_state(fresh(behaviour()))
+        state, metrics = p.update(state, None, [chunk[0]], [chunk[1]], KEY)
+        jax.effects_barrier()
+        found[count] = (jax.tree.map(np.asarray, state.trainable), metrics, len(runs))
+        runs.clear()
+    assert_close(found[4][0], found[1][0], rtol=1e-5)
+    whole, cut = ({k: float(v) for k, v in found[n][1].items()} for n in (1, 4))
+    assert cut == pytest.approx(whole, rel=1e-4, abs=1e-6)
+    assert found[1][2] == 2
+    assert found[4][2] == 4, "two of four microbatches, two terms"
+
+
+@pytest.mark.parametrize(("shards", "count"), [(1, 4), (2, 3), (4, 2), (2, 4)])
+def test_idle_items_fill_the_last_pieces_of_every_shard(shards, count):
+    rng = np.random.default_rng(0)
+    idle = rng.random(24) < 0.5
+    items = {"number": jnp.arange(24), "row": jnp.arange(48).reshape(24, 2)}
+    out = pieces.idle_last(items, jnp.asarray(idle), count, shards)
+    number = np.asarray(out["number"])
+    np.testing.assert_array_equal(np.asarray(out["row"])[:, 0], 2 * number)
+    own = 24 // shards
+    for shard in range(shards):
+        mine = number[shard * own : (shard + 1) * own]
+        assert sorted(mine) == list(range(shard * own, (shard + 1) * own)), "none leaves its shard"
+        cut = np.asarray(pieces.strided(jnp.asarray(mine), count))
+        ordered = idle[cut].reshape(-1)
+        assert (np.diff(ordered.astype(int)) >= 0).all(), "live first, piece by piece"
+
+
+def test_items_that_do_not_divide_stay_where_they_are():
+    items = jnp.arange(6)
+    out = pieces.idle_last(items, items % 2 == 0, 4, 1)
+    np.testing.assert_array_equal(out, items)

@@ -56,8 +56,8 @@ def test_what_does_not_fit_is_refused():
     short = tokenize(task=task, tok=tok, prompt_length=900, length=20)
     with pytest.raises(ValueError, match=r"answer .* is 35 tokens, the completion 20"):
         data.answers(task, tok, short, tok.eos_token_id)
-    with pytest.raises(ValueError, match="is 16 tokens, the completion 20"):
-        tokenize(length=20)
+    with pytest.raises(ValueError, match="is 16 tokens, the completion 12"):
+        tokenize(length=12)
 
 
 def test_tasks_without_answers_or_examples_are_refused():

@@ -28,7 +28,7 @@ def test_it_runs_from_top_to_bottom(path):
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(path.parent)}}
     env = {key: value for key, value in os.environ.items() if key not in compiling.QUICKLY}
-    nbclient.NotebookClient(notebook, timeout=900, resources=resources).execute(env=env)
+    nbclient.NotebookClient(notebook, timeout=1800, resources=resources).execute(env=env)
     outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
     kinds = {kind for output in outputs for kind in output.get("data", {})}
     assert "image/png" in kinds

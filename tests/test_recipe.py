@@ -47,7 +47,7 @@ def test_a_config_that_was_json_builds_the_same():
         ({"optimizer__schedule": "linear"}, "schedule='linear': choose one of"),
         ({"optimizer__learning_rate": 0.0}, "learning_rate=0.0"),
         ({"warm_start__optimizer__clip_norm": 0.0}, "clip_norm=0.0"),
-        ({"task__style": "board"}, "style='board' is not one of 'compact', 'grid', 'published'"),
+        ({"task__style": "board"}, "style='board' is not one of 'compact', 'grid', 'template'"),
         ({"task__blanks": (4, 40)}, r"blanks=\(4, 40\) is not a range"),
         ({"model__n_heads": 3}, "n_heads=3 does not divide d_model=16"),
         ({"model__remat": "all"}, "remat='all': choose one of"),

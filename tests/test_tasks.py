@@ -309,7 +309,11 @@ class Task(countdown.Task):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("sudoku", {"style": "tall"}, "style='tall' is not one of 'compact', 'grid', 'published'"),
+        (
+            "sudoku",
+            {"style": "tall"},
+            "style='tall' is not one of 'compact', 'grid', 'template', 'published'",
+        ),
         ("sudoku", {"reward": "row"}, "reward='row' is not one of 'board', 'cells'"),
         ("sudoku", {"blanks": (4, 13)}, "blanks=.*1 <= first <= last <= 12"),
         ("sudoku", {"blanks": (9, 4)}, "blanks=.*1 <= first <= last <= 12"),

@@ -9,7 +9,7 @@
 The order of a run lies in its folder `order`; the last line decodes another denoiser with it.
 
 tiny: the drawn boards and the model of configs/common.py, trained by SFT and then left alone; one
-cell a step. Our own recipe; measured in docs/methods.md.
+cell a step. Our own recipe; measured in docs/methods.md, where RL adds nothing to the warm start.
 
 llada_8b: LLaDA-8B-Instruct, in the paper .817 of empty cells right, max-confidence .705, random
 .616 (published, Table of results, as a reader's notes have it). Not run here. The authors' released

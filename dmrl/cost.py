@@ -66,6 +66,22 @@ def lora_params(s: Shape) -> int:
     return s.n_layers * s.lora_rank * sum(i + o for i, o in linears(s))
 
 
+def order_params(s: Shape) -> int:
+    """Weights of the unmasking policy: a layer, and three as wide as what they read."""
+    width = s.d_model + FEATURES
+    layer = sum(i * o for i, o in linears(s)) + 3 * s.d_model
+    return layer + 3 * (width * width + 2 * width) + width
+
+
+FEATURES = 10
+"""What the policy reads of a position beside its hidden state, of a vocabulary above 8."""
+
+
+def trained_params(s: Shape, order: bool) -> int:
+    """An order's, an adapter's, or all."""
+    return order_params(s) if order else lora_params(s) if s.lora_rank else total_params(s)
+
+
 def forward_flops(s: Shape, queries: int, keys: int, logit_rows: int) -> float:
     """One sequence: projections, attention scores and values, vocabulary rows."""
     matmuls = 2.0 * s.n_layers * sum(i * o for i, o in linears(s)) * queries
@@ -88,14 +104,21 @@ class Memory(NamedTuple):
 
 
 def memory(
-    s: Shape, sequences: int, length: int, block: int, shards: int, full_ft_ref: bool
+    s: Shape,
+    sequences: int,
+    length: int,
+    block: int,
+    shards: int,
+    full_ft_ref: bool,
+    order: bool = False,
 ) -> Memory:
     """Per device, weights and state over `shards` devices, `sequences` a device at a time.
 
-    Trained weights are float32 with gradient and two moments: 16 bytes each.
+    Trained weights (the order's alone with `order`) are float32 with gradient and two moments: 16
+    bytes each.
     """
-    trained = lora_params(s) if s.lora_rank else total_params(s)
-    frozen = total_params(s) * s.param_bytes if s.lora_rank or full_ft_ref else 0
+    trained = trained_params(s, order)
+    frozen = total_params(s) * s.param_bytes if s.lora_rank or full_ft_ref or order else 0
     carry = s.n_layers * s.d_model * s.compute_bytes
     layer = s.compute_bytes * (4 * s.d_model + 3 * s.mlp_hidden_size)
     kept = carry + layer if s.remat else s.n_layers * layer
@@ -137,22 +160,20 @@ def dry_run(recipe: Any) -> str:
     prompt, length = recipe.max_prompt_length, sampling.length
     states = [getattr(t.hyper, "states", 0) for t in recipe.terms]
     beta = [t for t in recipe.terms if getattr(t.hyper, "beta", 0) > 0]
-    mu = loop.num_iterations
+    mu, order = loop.num_iterations, sampling.learned
     gradient = mu * sum(n or 1 for n in states)
     forward = sum(states) + (gradient if mu > 1 else 0)
     forward += mu * sum(getattr(t.hyper, "states", 0) or 1 for t in beta)
+    if order:  # the denoiser, again in the backward pass; the policy is a layer in as many
+        gradient = 0
+        forward = mu * sum(t.hyper.steps * (1 if t.hyper.keep_inputs else 2) for t in recipe.terms)
     rollout = rollout_flops(s, completions, prompt, length, sampling.block_length, sampling.steps)
     update = update_flops(
         s, completions, prompt, length, {"forward": forward, "gradient": gradient}
     )
     mesh = dict(recipe.mesh)
     lines = [
-        f"parameters        {total_params(s):,} base, "
-        + (
-            f"{lora_params(s):,} trained (LoRA rank {s.lora_rank})"
-            if s.lora_rank
-            else "all trained"
-        ),
+        f"parameters        {total_params(s):,} base, {_trained(s, order)}",
         f"completions       {completions} a step ({loop.prompts_per_step} prompts x "
         f"{loop.num_generations}), {prompt} + {length} tokens",
         f"FLOPs a step      rollout {_tera(rollout)}, update {_tera(update)} (predicted)",
@@ -160,7 +181,7 @@ def dry_run(recipe: Any) -> str:
     for shards in sorted({1, 4, 8, _size(mesh)} - {0}):
         share = math.ceil(completions / loop.microbatches / shards)
         at_once = max(share, math.ceil(completions / loop.rollout_chunks / shards))
-        m = memory(s, at_once, prompt + length, sampling.block_length, shards, bool(beta))
+        m = memory(s, at_once, prompt + length, sampling.block_length, shards, bool(beta), order)
         lines.append(
             f"memory, {shards} device(s)".ljust(18)
             + f"{m.total / GB:.2f} GB each: weights {m.weights / GB:.2f}, "
@@ -169,6 +190,14 @@ def dry_run(recipe: Any) -> str:
         )
     named = ", ".join(f"{axis}={size if size != -1 else 'rest'}" for axis, size in mesh.items())
     return "\n".join([*lines, f"mesh              {named}"])
+
+
+def _trained(s: Shape, order: bool) -> str:
+    if order:
+        return f"frozen; {order_params(s):,} of the order trained"
+    if s.lora_rank:
+        return f"{lora_params(s):,} trained (LoRA rank {s.lora_rank})"
+    return "all trained"
 
 
 def _size(mesh: dict[str, int]) -> int:

@@ -166,6 +166,15 @@ def test_every_matrix_is_cut_by_some_rule_of_its_own():
     assert all(name.endswith("/scale") for name in whole), whole
 
 
+def test_every_matrix_of_an_order_is_cut_but_its_one_column():
+    tree = jax.eval_shape(lambda: models.unmasking.init(CFG, jax.random.key(0)))
+    cut = specs(mesh_of(1, 2, 2), tree)
+    whole = {name for name, spec in cut.items() if spec == P()}
+    assert all(name.endswith(("/scale", "/bias", "score/kernel")) for name in whole), whole
+    assert cut["block/attn/attn_out/kernel"] == P("tensor", "fsdp")
+    assert cut["hidden_0/kernel"] == P("fsdp", "tensor")
+
+
 def test_an_axis_that_does_not_divide_or_cuts_nothing_is_dropped():
     tree = {"head": jnp.zeros((6, 5)), "embedding": jnp.zeros((5, 6))}
     assert specs(mesh_of(1, 2, 2), tree) == {"head": P(), "embedding": P(None, "fsdp")}

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmrl import models
+from dmrl import cost, models
 from dmrl.models import llada, unmasking
 from dmrl.types import FLAGS, TOP
 
@@ -100,5 +100,5 @@ def test_its_size_at_8b_is_that_of_the_published_shapes():
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     matrices = 4 * 4096**2 + 3 * 4096 * 12288 + 3 * 4106**2 + 4106
     norms = 3 * 4096 + 3 * 2 * 4106
-    assert count == matrices + norms
+    assert count == matrices + norms == cost.order_params(cost.shape_of(models.Config()))
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {np.dtype("float32")}

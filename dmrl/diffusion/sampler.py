@@ -410,7 +410,8 @@ class _Walk:
 
         if self.width <= POSITIONS:
             return some(keys, hidden)
-        return over_positions(lambda i, part: some(fold_in(keys, i), part), hidden, axis=1)
+        own = fold_in(keys, 4)  # a chunk's number alone would be one of the step's other keys
+        return over_positions(lambda i, part: some(fold_in(own, i), part), hidden, axis=1)
 
     def draft(self, keys, whole, tokens, proposal, start) -> Any:
         """A token for every mask: the proposals, and draws of their own where none is open."""

@@ -363,7 +363,11 @@ class _Walk:
             turn = Turn(
                 score, masked, sampled, confidence, step.reveals, step.remain, fold_in(keys, 3)
             )
-            chosen, again, confidence = config.remask_rule.change(turn)
+            chosen, again, changed = config.remask_rule.change(turn)
+            # A step that is there for other rows only: alone, the row would not take it.
+            due = step.reveals[:, None] > 0
+            chosen, again = chosen & due, again & due
+            confidence = jnp.where(due, changed, confidence)
         draft = self.draft(keys, whole, state.tokens, proposal, step.start)
         news = (
             jnp.where(again, mask_id, proposal),

@@ -150,7 +150,7 @@ def _plan(config: Sampling, masked: Bool[Array, "b l"]) -> _Step:
     stop = np.array([blocks[i].start + blocks[i].size for i in steps], np.int32)
     inside = np.concatenate([np.arange(block.steps) for block in blocks])
     last = np.array([max(blocks[i].steps - 1, 1) for i in steps])
-    progress = (inside + (last == 0)) / last
+    progress = inside / last
     if isinstance(config.schedule_rule, schedule.Doubling):
         progress = (2.0 ** np.arange(1, len(steps) + 1) - 1) / 2 ** len(steps)
     total = jnp.stack([jnp.sum(masked[:, b.start : b.start + b.size], -1) for b in blocks], 1)

@@ -346,6 +346,7 @@ def test_an_extended_window_with_its_own_tokens_is_the_window(llada, window):
         ({"cache": "full"}, "cache='full': choose one of none, prefix, dual"),
         ({"cache": "dual:3"}, r"every n of the 2 steps of a block; choose n from \[1, 2\]"),
         ({"cache": "dual:x"}, "must be refreshed every n"),
+        ({"cache": "none:2"}, "cache='none:2': there is nothing to refresh"),
         ({"cache": "dual", "remask": "rcr"}, "does not go with remask='rcr'"),
         ({"cache": "dual", "cfg_scale": 1.0}, "does not go with cfg_scale=1.0"),
         ({"top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),

@@ -19,21 +19,24 @@ def sampling(
     block: int | None,
     temperature: float,
 ) -> Sampling:
-    """How to decode: what is asked for, else as the run does, else 256 tokens in blocks of 32
-    and half as many steps.
+    """How to decode: what is asked for, else as the run does, else 256 tokens.
+
+    At another length than the run's in blocks of 32 and half as many steps, by the run's rules.
 
     Raises:
       ValueError: they do not fit together.
     """
     if own is None or length not in (None, own.length):
         size = length or 256
-        own = Sampling(length=size, steps=max(size // 2, 1), block_length=min(32, size))
+        steps, block = steps or max(size // 2, 1), block or min(32, size)
+    rules = own or Sampling(1, 1, 1)
     return dataclasses.replace(
-        own,
-        steps=steps or own.steps,
-        block_length=block or own.block_length,
+        rules,
+        length=length or (own.length if own else 256),
+        steps=steps or rules.steps,
+        block_length=block or rules.block_length,
         temperature=temperature,
-        order=(own if temperature else own.greedy).order,
+        order=(rules if temperature else rules.greedy).order,
     )
 
 

@@ -41,7 +41,7 @@ class Held:
         if own.learned:
             self.unlearned = dataclasses.replace(own.greedy, order="low_confidence")
         more = [
-            dataclasses.replace(self.greedy, steps=n, order=order)
+            _asked(self.greedy, n, order)
             for order in (self.greedy.order, *recipe.evaluation.orders)
             for n in recipe.evaluation.steps
         ]
@@ -112,3 +112,14 @@ class Held:
                     decoded, prompts, r.task, read, setting, split, when, count
                 )
         return Evaluated(values, rows)
+
+
+def _asked(greedy: Sampling, steps: int, order: str) -> Sampling:
+    """Raises ValueError where the run's other rules do not go with them, or no order is learned."""
+    try:
+        found = dataclasses.replace(greedy, steps=steps, order=order)
+    except ValueError as error:
+        raise ValueError(f"decoding in evaluation.steps={steps} by {order!r}: {error}") from None
+    if found.learned and not greedy.learned:
+        raise ValueError(f"evaluation.orders: {order!r}, but the run trains no order")
+    return found

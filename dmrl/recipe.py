@@ -257,10 +257,12 @@ def _check_order(terms: Sequence[Term], sampling: Sampling, model: models.Config
             f"model.lora_rank={model.lora_rank}, but {names} trains no adapter: set it to 0 "
             "(launch/convert.py adds a trained one to its base)"
         )
-    if not sampling.learned or sampling.adaptive or sampling.remasks:
+    seen = (sampling.schedule, sampling.remask, sampling.top_p)
+    if not sampling.learned or seen != ("uniform", "none", 1.0):
         raise ValueError(
-            f"{names} trains the order of a sampler with order='learned:T', schedule='uniform' and "
-            f"remask='none', not {sampling.order!r}, {sampling.schedule!r}, {sampling.remask!r}"
+            f"{names} trains the order of a sampler with order='learned:T', schedule='uniform', "
+            f"remask='none' and top_p=1, not {sampling.order!r}, {sampling.schedule!r}, "
+            f"{sampling.remask!r} and {sampling.top_p}"
         )
     for term in orders:
         wanted = getattr(term.hyper, "top_k", 0)

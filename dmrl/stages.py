@@ -166,6 +166,8 @@ class Reinforce:
         self.steps = loop.steps
         check_rows(loop, mesh)
         self.train = held.prompts["train"]
+        if "order" in needs(recipe.terms):
+            check_single(recipe, self.train.template)
         seed = data.stream_seed(recipe.seed, self.name)
         self.batches = data.batches(len(self.train.examples), loop.prompts_per_step, seed)
         self.programs = reinforcement(recipe, mesh)
@@ -319,4 +321,18 @@ def check_shared(what: str, count: int, mesh: Any) -> None:
         raise ValueError(
             f"{what}: {count} cannot be shared evenly by the {shards} devices of the mesh's data "
             f"and fsdp axes; make it a multiple of {shards}, or these axes smaller"
+        )
+
+
+def check_single(recipe: Recipe, template: np.ndarray) -> None:
+    """Raises ValueError where a step has to reveal several positions at once: an order is trained
+    on decisions for one."""
+    sampling = recipe.sampling
+    masked = template.reshape(len(template), sampling.blocks, -1) == recipe.model.mask_token_id
+    most, steps = int(masked.sum(axis=2).max()), sampling.steps // sampling.blocks
+    if most > steps:
+        raise ValueError(
+            f"sampling.steps={sampling.steps}: a block has up to {most} masks and {steps} steps, "
+            "but an order is trained a position a step: take more steps (a term's too), or smaller "
+            "blocks"
         )

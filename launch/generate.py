@@ -125,18 +125,20 @@ def completed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     size = (LENGTH.value, STEPS.value, BLOCK.value, TEMPERATURE.value)
     decoder = generation.with_options(generation.sampling(own, *size), DECODE.value)
     other = generation.with_options(decoder, VERSUS.value)
-    lines, traces = decoded(CHECKPOINT.value, rows, decoder)
+    lines, traces = decoded(CHECKPOINT.value, rows, decoder, CHECKPOINT.value)
     if COMPARE.value or VERSUS.value:
-        traces += decoded(COMPARE.value or CHECKPOINT.value, rows, other)[1]
+        place = COMPARE.value or CHECKPOINT.value
+        traces += decoded(place, rows, other, " ".join([place, *VERSUS.value]))[1]
     if TRACE.value:
         viewer.write(Path(TRACE.value), Path(TRACE.value).stem, traces)
     return lines
 
 
 def decoded(
-    checkpoint: str, rows: list[dict[str, Any]], decoder: Any
+    checkpoint: str, rows: list[dict[str, Any]], decoder: Any, name: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows with the completions of a policy, and their traces if there is to be a page."""
+    """The rows with the completions of a policy, and their traces, by that name, if there is to be
+    a page."""
     from dmrl import decoding, generation, orders, trace
 
     ready = decoding.opened(checkpoint, TOKENIZER.value or "", BASE.value or "")
@@ -150,7 +152,7 @@ def decoded(
         return lines, []
     model = ready.policy.model
     read = trace.Reader(ready.tokenizer, model.mask_token_id, model.eos_token_id)
-    return lines, generation.traces(batches, read, decoder, SAMPLES.value, checkpoint)
+    return lines, generation.traces(batches, read, decoder, SAMPLES.value, name)
 
 
 if __name__ == "__main__":

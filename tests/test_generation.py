@@ -14,6 +14,16 @@ def test_what_is_not_asked_for_is_the_runs():
     assert generation.sampling(None, None, None, None, 1.0) == Sampling(256, 128, 32, 1.0)
 
 
+def test_another_length_keeps_the_runs_rules():
+    own = Sampling(16, 16, 8, 0.5, "margin", 0.0, "cosine", 0.9, "rcr")
+    made = generation.sampling(own, 64, None, None, 0.0)
+    assert made == Sampling(64, 32, 32, 0.0, "margin", 0.0, "cosine", 0.9, "rcr")
+    assert generation.sampling(OWN, 100, 25, 20, 0.0) == Sampling(100, 25, 20)
+    doubling = Sampling(16, 4, 16, schedule="doubling")
+    with pytest.raises(ValueError, match="for length=64 set block_length=64 and steps=6"):
+        generation.sampling(doubling, 64, None, None, 0.0)
+
+
 def test_options_keep_the_kind_of_what_they_replace():
     made = generation.with_options(
         OWN, ["order=random", "steps=4", "top_p=0.9", "remask=remdm:0.2"]

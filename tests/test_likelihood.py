@@ -119,3 +119,5 @@ def test_llada_s_estimate_is_unbiased_for_the_scored_tokens_given_the_others():
     assert abs(float(jnp.mean(found)) - want) < 4 * error
     last = jnp.broadcast_to(jnp.array([False, False, False, True]), (rows, 4))
     np.testing.assert_allclose(estimate(last), alone, rtol=1e-5)
+    # A batch with longer texts has more columns before the scored ones.
+    np.testing.assert_allclose(estimate(scored[:, 1:]), found, rtol=1e-5)

@@ -11,8 +11,10 @@ import pytest
 
 from configs import sudoku_upo
 from dmrl import models, orders, parallel, policy, recipe, trainer
+from dmrl.held import Held
 from dmrl.models import weights
 from dmrl.policy import Policy
+from dmrl.stages import Reinforce
 
 
 def small():
@@ -102,6 +104,8 @@ def test_an_order_survives_the_disk(tmp_path):
     [
         ({"sampling.order": "margin"}, "trains the order of a sampler with order='learned:T'"),
         ({"terms.upo.reference": "top_k", "terms.upo.top_k": 5}, "give it the same K, 'learned:1"),
+        ({"sampling.schedule": "cosine"}, "schedule='uniform'.*, not 'learned:1', 'cosine'"),
+        ({"sampling.top_p": 0.9}, "top_p=1, not .* and 0.9"),
         ({"model.lora_rank": 4}, "model.lora_rank=4, but upo trains no adapter"),
         ({"terms.upo.steps": 8}, "terms.upo.steps=8, but sampling.steps=4"),
     ],
@@ -113,6 +117,16 @@ def test_what_does_not_fit_is_said(changes, message):
         functools.reduce(lambda tree, key: tree[key], parents, config)[name] = value
     with pytest.raises(ValueError, match=message):
         recipe.build(config)
+
+
+def test_a_step_that_had_to_reveal_several_is_refused_before_the_run():
+    config = small()
+    config["sampling"]["steps"] = config["terms"]["upo"]["steps"] = 3
+    config["evaluation"]["steps"] = ()
+    made = recipe.build(config)
+    mesh = parallel.make_mesh(**made.mesh)
+    with pytest.raises(ValueError, match=r"sampling.steps=3: a block has up to 4 masks"):
+        Reinforce(made, mesh, Held(made, mesh))
 
 
 def test_a_denoiser_is_not_trained_beside_an_order():

@@ -106,7 +106,15 @@ def start(**overrides):
         ({"prompts_per_step": 32}, "32 prompts a step, but the split has only 16 examples"),
         ({"warm_start__batch": 17}, "17 prompts a step, but the split has only 16 examples"),
         ({"evaluation__splits": ("tests",)}, "split='tests' is not one of"),
-        ({"evaluation__steps": (40,)}, "steps=40 must be a multiple"),
+        ({"evaluation__steps": (40,)}, "evaluation.steps=40 .* steps=40 must be a multiple"),
+        (
+            {"sampling__schedule": "doubling", "evaluation__steps": (8,)},
+            "evaluation.steps=8 by 'low_confidence': schedule='doubling' has blocks and steps",
+        ),
+        (
+            {"evaluation__steps": (4,), "evaluation__orders": ("learned",)},
+            "evaluation.orders: 'learned', but the run trains no order",
+        ),
         ({"sampling__length": 8, "sampling__block_length": 8}, "is 16 tokens, the completion 8"),
         (
             {"task__style": "published", "sampling__length": 64, "max_prompt_length": 100},

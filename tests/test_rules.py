@@ -240,6 +240,22 @@ def test_drafts_of_a_sampler_that_remasks_hold_what_was_revealed():
     np.testing.assert_array_equal(states[:, 1:][shown], drafts[shown])
 
 
+@pytest.mark.parametrize("spec", ["rcr", "remdm:0.5"])
+def test_rows_of_a_sampler_that_remasks_do_not_see_each_other(spec):
+    """Where a row's schedule reveals nothing, others may; alone, it would skip the step."""
+    params, prompt, bind = tiny.perceptron(8)
+    config = Sampling(8, 8, 8, 1.0, schedule="linear", remask=spec)
+    few, many = jnp.full((8,), 1).at[jnp.array([0, 5])].set(M), EIGHT
+    template = jnp.where(jnp.arange(40)[:, None] % 2 == 0, few[None], many[None])
+    whole = draw(bind(params), prompt, template, config, rows=40)
+    some = jnp.arange(0, 40, 2)
+    alone = draw(bind(params), prompt, few, config, rows=20, row=some)
+    for name in ("tokens", "reveal_step", "states", "log_prob"):
+        np.testing.assert_array_equal(getattr(alone, name), getattr(whole, name)[some])
+    drafted = draw(bind(params), prompt, few, config, rows=20, row=some, drafts=True)
+    np.testing.assert_array_equal(drafted.states, alone.states)
+
+
 def test_a_group_that_starts_alike_shares_the_first_step_also_when_it_remasks():
     alone, _ = remasked("rcr", rows=6)
     shared, _ = remasked("rcr", rows=6, group_size=3)
@@ -330,6 +346,7 @@ def test_an_extended_window_with_its_own_tokens_is_the_window(llada, window):
         ({"cache": "full"}, "cache='full': choose one of none, prefix, dual"),
         ({"cache": "dual:3"}, r"every n of the 2 steps of a block; choose n from \[1, 2\]"),
         ({"cache": "dual:x"}, "must be refreshed every n"),
+        ({"cache": "none:2"}, "cache='none:2': there is nothing to refresh"),
         ({"cache": "dual", "remask": "rcr"}, "does not go with remask='rcr'"),
         ({"cache": "dual", "cfg_scale": 1.0}, "does not go with cfg_scale=1.0"),
         ({"top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),

@@ -20,7 +20,7 @@ from dmrl.diffusion.order import entropy_of, select_top
 from dmrl.diffusion.probe import state_at, steps_taken
 from dmrl.diffusion.sampler import Sampling, sample
 from dmrl.diffusion.schedule import Uniform
-from dmrl.types import TEMPLATE
+from dmrl.types import TEMPLATE, Denoiser
 
 
 def draw(
@@ -52,6 +52,23 @@ def draw(
 @functools.partial(jax.jit, static_argnames=("denoiser", "options"))
 def compiled(denoiser, *args, options):
     return sample(denoiser, *args, *options)
+
+
+def test_in_a_large_block_the_order_s_noise_is_not_that_of_the_tokens():
+    """64 positions are read 32 at a time: the bits of u_p would be those of token p % 4 at
+    32 + p // 4, if the order's key were that of the second chunk."""
+
+    def logits(hidden):
+        row = jnp.array([0.0, 0.0, 0.0, -jnp.inf])
+        return jnp.broadcast_to(row, (*hidden.shape[:-1], 4))
+
+    coin = Denoiser(lambda tokens, valid: jnp.zeros((*tokens.shape, 1)), logits, None, 3, -1)
+    config = Sampling(64, 2, 64, 1.0, "random")
+    out = draw(coin, jnp.zeros((1,), jnp.int32), jnp.full((64,), 3), config, rows=1000)
+    p = np.array([p for p in range(64) if p % 4 < 3])
+    early = np.asarray(out.reveal_step)[:, p] == 0
+    same = np.asarray(out.tokens)[:, 32 + p // 4] == p % 4
+    assert abs(same[early].mean() - 1 / 3) < 0.02
 
 
 def outcomes(rollout):

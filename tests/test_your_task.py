@@ -153,6 +153,7 @@ def test_the_example_trains_is_evaluated_and_completes_prompts(workdir, tmp_path
     assert {t["changes"] is None for t in one} == {True}
     assert any(text is None for t in other for _, _, text in t["changes"])
     assert other[0]["setting"] == f"{one[0]['setting']}_remdm:0.9"
+    assert {t["when"] for t in other} == {f"{workdir} remask=remdm:0.9"}
     assert [text for text, _ in told[:6]] == [r["completion"] for r in rows(tmp_path / "out.jsonl")]
     assert [r["sample"] for r in sampled] == [0, 1] * 3
     assert len({r["completion"] for r in sampled}) > 1

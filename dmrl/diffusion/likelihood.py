@@ -98,7 +98,8 @@ def stratified_elbo(
 
     def one(column: tuple[Int[Array, ""], Int[Array, " n"]]) -> Float[Array, " n"]:
         number, count = column
-        hidden = random_subset(fold_in(keys, number), scored, count)
+        # Counted from the end: how many positions stand before the scored ones changes nothing.
+        hidden = random_subset(fold_in(keys, number), scored[:, ::-1], count)[:, ::-1]
         seen = jnp.where(hidden, denoiser.mask_id, labels)
         states = denoiser.encode(jnp.concatenate([tokens[:, :-width], seen], axis=1), valid)
         log_prob = denoiser.log_prob(states[:, -width:], labels[..., None])[..., 0]

@@ -150,7 +150,7 @@ def _plan(config: Sampling, masked: Bool[Array, "b l"]) -> _Step:
     stop = np.array([blocks[i].start + blocks[i].size for i in steps], np.int32)
     inside = np.concatenate([np.arange(block.steps) for block in blocks])
     last = np.array([max(blocks[i].steps - 1, 1) for i in steps])
-    progress = (inside + (last == 0)) / last
+    progress = inside / last
     if isinstance(config.schedule_rule, schedule.Doubling):
         progress = (2.0 ** np.arange(1, len(steps) + 1) - 1) / 2 ** len(steps)
     total = jnp.stack([jnp.sum(masked[:, b.start : b.start + b.size], -1) for b in blocks], 1)
@@ -363,7 +363,11 @@ class _Walk:
             turn = Turn(
                 score, masked, sampled, confidence, step.reveals, step.remain, fold_in(keys, 3)
             )
-            chosen, again, confidence = config.remask_rule.change(turn)
+            chosen, again, changed = config.remask_rule.change(turn)
+            # A step that is there for other rows only: alone, the row would not take it.
+            due = step.reveals[:, None] > 0
+            chosen, again = chosen & due, again & due
+            confidence = jnp.where(due, changed, confidence)
         draft = self.draft(keys, whole, state.tokens, proposal, step.start)
         news = (
             jnp.where(again, mask_id, proposal),
@@ -410,7 +414,8 @@ class _Walk:
 
         if self.width <= POSITIONS:
             return some(keys, hidden)
-        return over_positions(lambda i, part: some(fold_in(keys, i), part), hidden, axis=1)
+        own = fold_in(keys, 4)  # a chunk's number alone would be one of the step's other keys
+        return over_positions(lambda i, part: some(fold_in(own, i), part), hidden, axis=1)
 
     def draft(self, keys, whole, tokens, proposal, start) -> Any:
         """A token for every mask: the proposals, and draws of their own where none is open."""

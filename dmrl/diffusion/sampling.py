@@ -108,6 +108,8 @@ class Sampling:
         if kind not in ("none", "prefix", "dual"):
             raise ValueError(f"cache={self.cache!r}: choose one of none, prefix, dual")
         every = self.cache_rule.every
+        if kind == "none" and self.cache != "none":
+            raise ValueError(f"cache={self.cache!r}: there is nothing to refresh; say 'none'")
         if every < 1 or per_block % every:
             raise ValueError(
                 f"cache={self.cache!r} must be refreshed every n of the {per_block} steps of a "

@@ -63,7 +63,7 @@ ORDERS = ("low_confidence", "random", "top_k:5", "softmax_confidence:0.05")
 CELLS = 12
 """Most empty cells of a board: with as many steps one is filled at each."""
 SAMPLES, BOARDS = 32, 64
-STATES = 256
+STATES = 192
 COUNTS = (2, 3, 4, 6)
 
 

@@ -170,24 +170,26 @@ def total_variance(weight: Floats, gram: Floats) -> Floats:
 
 
 def predicted(reward: Floats, gram: Floats, z: int) -> Floats:
-    """[S] total variance with z fillings at theta_old, from moments of all N.
+    """[S] total variance with z fillings at theta_old, without bias from the pairs among all N.
 
-    With a leave-one-out baseline the gradient is the sample covariance of reward and score, so
-    its variance is (mu_22 - |c|^2 (z-2)/(z-1) + v_R v_s/(z-1)) / z: mu_22 the mean squared length
-    of (R - E R)(s - E s), c their covariance, v the (total) variances. Training's mean baseline
-    multiplies it by ((z-1)/z)^2.
+    With a leave-one-out baseline the gradient is the mean over pairs of siblings of
+    h_ab = (R_a - R_b)(s_a - s_b) / 2, s the scores, so Hoeffding's variance of a U-statistic holds:
+    2 (2 (z-2) zeta_1 + zeta_2) / (z (z-1)), zeta_k the covariance of pairs that share k fillings.
+    Training's mean baseline multiplies it by ((z-1)/z)^2.
     """
     count = reward.shape[1]
-    centre = np.eye(count) - 1 / count
-    length = np.einsum("snn->sn", centre @ gram @ centre)
-    off = reward - reward.mean(-1, keepdims=True)
-    mu = np.mean(off**2 * length, axis=1)
-    spread = np.sum(off**2, 1) * np.sum(length, 1) / (count - 1) ** 2
-    pairs = 2 * siblings(reward, np.zeros_like(reward), 2)  # leave-one-out
-    inner = pairs @ gram @ pairs.swapaxes(1, 2)
-    trials = pairs.shape[1]
-    alike = (inner.sum((1, 2)) - np.einsum("srr->s", inner)) / (trials * (trials - 1))
-    return np.asarray((mu - alike * (z - 2) / (z - 1) + spread / (z - 1)) / z)
+    gap = reward[:, :, None] - reward[:, None]
+    length = np.einsum("snn->sn", gram)
+    apart = length[:, :, None] + length[:, None] - 2 * gram
+    both = np.sum(gap**2 * apart, (1, 2)) / 4
+    mine = (gap.sum(2)[:, :, None] * np.eye(count) - gap) / 2  # [S,N,N] sum over b of h_ab
+    one = np.sum((mine @ gram) * mine, (1, 2)) - both
+    whole = mine.sum(1)
+    none = np.einsum("sn,snm,sm->s", whole, gram, whole) - 2 * both - 4 * one
+    pairs = count * (count - 1)
+    both, one = both / pairs, one / (pairs * (count - 2))
+    none = none / (pairs * (count - 2) * (count - 3))
+    return np.asarray(2 * (2 * (z - 2) * (one - none) + both - none) / (z * (z - 1)))
 
 
 def ratio(

@@ -14,6 +14,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,17 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from dmrl import cost, data, evaluate, generation, optim, parallel, policy, recipe  # noqa: E402
+from dmrl import (  # noqa: E402
+    cost,
+    data,
+    evaluate,
+    generation,
+    optim,
+    orders,
+    parallel,
+    policy,
+    recipe,
+)
 from dmrl.diffusion import drift  # noqa: E402
 from dmrl.diffusion.sampling import Sampling  # noqa: E402
 from dmrl.programs import Programs  # noqa: E402
@@ -113,20 +124,95 @@ def flops(model: Any, config: Sampling, prompt: int, whole: float, stored: float
     return whole * one + stored * cost.forward_flops(shape, queries, keys, width)
 
 
-def measure(made: Any, loaded: Any, mesh: Any, prompts: data.Prompts, config: Sampling) -> Any:
-    """(decoded, seconds of the second pass, drift)."""
-    programs = Programs(loaded.model, (), config, optim.make(made.optimizer, 1), mesh)
-    args = (loaded.trainable, loaded.frozen, prompts, made.task, made.tokenizer)
+class Opened(NamedTuple):
+    """A run and the examples that it is measured on."""
+
+    made: recipe.Recipe
+    loaded: policy.Policy
+    """With the learned order of the run, if it has one."""
+    mesh: Any
+    prompts: data.Prompts
+    base: Sampling
+
+
+def opened(checkpoint: str, split: str, size: int, base: Sequence[str]) -> Opened:
+    """The run in a folder, greedy with the options `base`, on the first examples (0: all).
+
+    A learned order has to be asked for: the base is then max-confidence.
+
+    Raises:
+      ValueError: it is no run's folder.
+    """
+    config = policy.config(checkpoint)
+    if config is None:
+        raise ValueError(f"--checkpoint={checkpoint} is no run's folder")
+    made = recipe.build(config)
+    mesh = parallel.make_mesh(**made.mesh)
+    loaded = policy.load(checkpoint, made.init_from, mesh)
+    if orders.is_trained(made):
+        loaded = orders.beside(loaded, [checkpoint], [made.sampling], mesh)
+    tokens = (made.max_prompt_length, made.sampling.length, loaded.model.mask_token_id)
+    prompts = data.tokenize(made.task, made.tokenizer, split, *tokens)
+    how = made.sampling.greedy
+    if how.learned:
+        how = dataclasses.replace(how, order="low_confidence")
+    prompts = prompts.first(size or len(prompts.examples))
+    return Opened(made, loaded, mesh, prompts, generation.with_options(how, base))
+
+
+class Measured(NamedTuple):
+    """What one way of decoding gave."""
+
+    sampling: Sampling
+    decoded: evaluate.Decoded
+    seconds: float
+    """Of the second pass."""
+    drift: dict[str, Any]
+
+
+def measure(run: Opened, rules: str, batch: int) -> Measured:
+    """Decodes twice with `rules` over the base."""
+    config, loaded, made = generation.with_options(run.base, splitted(rules)), run.loaded, run.made
+    programs = Programs(loaded.model, (), config, optim.make(made.optimizer, 1), run.mesh)
+    args = (loaded.trainable, loaded.frozen, run.prompts, made.task, made.tokenizer)
     for _ in range(2):
         start = time.perf_counter()
-        decoded = evaluate.decode(programs, *args, BATCH.value, jax.random.key(0))
+        decoded = evaluate.decode(programs, *args, batch, jax.random.key(0))
         seconds = time.perf_counter() - start
     found = {}
     if config.approximate:
         some = jax.tree.map(lambda x: jax.numpy.asarray(x[:128]), decoded.rollout)
         denoiser = programs.policy(loaded.trainable, loaded.frozen)
         found = jax.jit(lambda r, k: drift.measure(denoiser, r, config, k))(some, jax.random.key(1))
-    return decoded, seconds, found
+    return Measured(config, decoded, seconds, found)
+
+
+def lines(run: Opened, ways: Iterable[str], batch: int = 256) -> Iterator[tuple[Line, Measured]]:
+    """Every way of decoding, its FLOPs over those of the first."""
+    first = 0.0
+    for rules in ways:
+        found = measure(run, rules, batch)
+        made = _line(run, rules, found)
+        first = first or made.flops
+        yield made._replace(flops=made.flops / first), found
+
+
+def _line(run: Opened, rules: str, found: Measured) -> Line:
+    rollout, count = found.decoded.rollout, len(found.decoded.texts)
+    reveal, off = np.asarray(rollout.reveal_step), found.drift
+    whole, stored = row_forwards(found.sampling, reveal)
+    spent = flops(run.loaded.model, found.sampling, rollout.prompt.shape[1], whole, stored)
+    solved = float(np.sum(found.decoded.scores["solved"]))
+    return Line(
+        rules,
+        solved / count,
+        *interval(solved, count),
+        float(np.mean(found.decoded.scores["reward"])),
+        whole + stored,
+        spent,
+        float(np.sum(reveal >= 0)) / found.seconds,
+        *(float(off[k]) if off else None for k in ("drift/kl", "drift/agreement")),
+    )
 
 
 def table(lines: list[Line]) -> str:
@@ -153,39 +239,15 @@ def main(argv: list[str]) -> None:
     """Measures every line and prints the table."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    config = policy.config(CHECKPOINT.value)
-    if config is None:
-        raise app.UsageError(f"--checkpoint={CHECKPOINT.value} is no run's folder")
-    made = recipe.build(config)
-    mesh = parallel.make_mesh(**made.mesh)
-    loaded = policy.load(CHECKPOINT.value, made.init_from, mesh)
-    cfg = loaded.model
-    tokens = (made.max_prompt_length, made.sampling.length, cfg.mask_token_id)
-    prompts = data.tokenize(made.task, made.tokenizer, SPLIT.value, *tokens)
-    prompts = prompts.first(SIZE.value or len(prompts.examples))
-    greedy = dataclasses.replace(made.sampling, temperature=0.0)
-    base = generation.with_options(greedy, splitted(BASE.value))
-    lines: list[Line] = []
-    first = 0.0
-    for rules in RULES.value:
-        sampling = generation.with_options(base, splitted(rules))
-        decoded, seconds, off = measure(made, loaded, mesh, prompts, sampling)
-        rollout, count = decoded.rollout, len(decoded.texts)
-        whole, stored = row_forwards(sampling, np.asarray(rollout.reveal_step))
-        spent = flops(cfg, sampling, rollout.prompt.shape[1], whole, stored)
-        first = first or spent
-        solved = float(np.sum(decoded.scores["solved"]))
-        reward = float(np.mean(decoded.scores["reward"]))
-        speed = float(np.sum(np.asarray(rollout.reveal_step) >= 0)) / seconds
-        numbers = (solved / count, *interval(solved, count), reward, whole + stored, spent / first)
-        kl, same = (float(off[k]) if off else None for k in ("drift/kl", "drift/agreement"))
-        lines.append(Line(rules, *numbers, speed, kl, same))
-        print(table(lines).splitlines()[-1], flush=True)
-    print(
-        f"\n{len(prompts.examples)} examples of {SPLIT.value}, base {BASE.value}\n\n{table(lines)}"
-    )
+    run = opened(CHECKPOINT.value, SPLIT.value, SIZE.value, splitted(BASE.value))
+    told: list[Line] = []
+    for line, _ in lines(run, RULES.value, BATCH.value):
+        told.append(line)
+        print(table(told).splitlines()[-1], flush=True)
+    count = len(run.prompts.examples)
+    print(f"\n{count} examples of {SPLIT.value}, base {BASE.value}\n\n{table(told)}")
     if OUT.value:
-        Path(OUT.value).write_text(json.dumps([x._asdict() for x in lines], indent=1) + "\n")
+        Path(OUT.value).write_text(json.dumps([x._asdict() for x in told], indent=1) + "\n")
 
 
 if __name__ == "__main__":

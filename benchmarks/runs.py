@@ -1,11 +1,18 @@
 """What the benchmarks of whole training runs share: reading workdirs, intervals over seeds."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from configs import common
+from dmrl import policy, stages, trainer
+from dmrl.held import Held
+from dmrl.recipe import Recipe
 
 SETTINGS = ("sampled_4", "greedy_16", "greedy_8", "greedy_4")
 """How held-out boards are decoded in the tiny Sudoku setting."""
@@ -53,3 +60,31 @@ def copy_warm_start(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     place = Path("checkpoints") / "warm_start"
     shutil.copytree(source / place, target / place)
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    """The resolved config of a run; a section that is younger than the run as in any tiny recipe.
+
+    Raises:
+      ValueError: this is no run's folder.
+    """
+    told = policy.config(str(path))
+    if told is None:
+        raise ValueError(f"{path} is no run's folder: it has no config.json")
+    return {**common.tiny_sudoku({}).to_dict(), **told}
+
+
+def warm_started(made: Recipe, mesh: Any, held: Held, path: Path) -> Any:
+    """The weights that the warm start in workdir `path` left; sets `held.frozen`.
+
+    Raises:
+      FileNotFoundError: it has no checkpoint of one.
+    """
+    trainable, held.frozen = trainer.initial_weights(made, mesh)
+    warm = stages.WarmStart(made, mesh, held).init(trainable)
+    place = path / "checkpoints" / "warm_start"
+    with contextlib.closing(trainer.Checkpoints(place)) as kept:
+        found = kept.restore(warm)
+    if found is None:
+        raise FileNotFoundError(f"{place} holds no checkpoint")
+    return found[1].trainable

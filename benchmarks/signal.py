@@ -13,7 +13,6 @@ the update program computes. Prints a markdown table, one row a method:
 A method whose signal is within two standard errors of 0 has no measurable cosine: "-".
 """
 
-import contextlib
 import dataclasses
 import importlib
 import sys
@@ -30,7 +29,8 @@ import numpy as np  # noqa: E402
 import optax  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from dmrl import held, parallel, recipe, stages, trainer  # noqa: E402
+from benchmarks import runs  # noqa: E402
+from dmrl import held, parallel, recipe, stages  # noqa: E402
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cj_grpo": ("cj_grpo", {}),
@@ -87,14 +87,7 @@ def gradients(name: str, options: dict[str, Any], start: Path, batches: int) -> 
     built = recipe.build(config.to_dict())
     mesh = parallel.make_mesh(**built.mesh)
     data = held.Held(built, mesh)
-    trainable, data.frozen = trainer.initial_weights(built, mesh)
-    warm = stages.WarmStart(built, mesh, data).init(trainable)
-    with contextlib.closing(
-        trainer.Checkpoints(start / "checkpoints" / "warm_start")
-    ) as checkpoints:
-        found = checkpoints.restore(warm)
-    assert found is not None, f"{start} holds no warm start"
-    trainable = found[1].trainable
+    trainable = runs.warm_started(built, mesh, data, start)
     data.frozen = jax.tree.map(jnp.copy, trainable["params"])
     stage = stages.Reinforce(built, mesh, data)
     stage.programs = dataclasses.replace(stage.programs, optimizer=capture())

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 GB = 1e9
 CHUNK_BYTES = 4096 * 4
 """float32 logits of one row in one vocabulary chunk."""
+ORDER_FEATURES = 10
+"""What a learned order reads of a position beside the residual stream (`types.FLAGS`, `TOP`)."""
 
 
 class Shape(NamedTuple):
@@ -67,19 +69,19 @@ def lora_params(s: Shape) -> int:
 
 
 def order_params(s: Shape) -> int:
-    """Weights of the unmasking policy: a layer, and three as wide as what they read."""
-    width = s.d_model + FEATURES
-    layer = sum(i * o for i, o in linears(s)) + 3 * s.d_model
-    return layer + 3 * (width * width + 2 * width) + width
+    """Weights of an unmasking policy: a layer, a norm, three more (`models.unmasking`)."""
+    wide = s.d_model + ORDER_FEATURES
+    layer = sum(i * o for i, o in linears(s)) + 2 * s.d_model
+    return layer + s.d_model + 3 * (wide * wide + 2 * wide) + wide
 
 
-FEATURES = 10
-"""What the policy reads of a position beside its hidden state, of a vocabulary above 8."""
-
-
-def trained_params(s: Shape, order: bool) -> int:
-    """An order's, an adapter's, or all."""
-    return order_params(s) if order else lora_params(s) if s.lora_rank else total_params(s)
+def order_flops(s: Shape, keys: int, queries: int) -> float:
+    """One decision of that policy: all positions are keys, those of the block are scored."""
+    wide, d = s.d_model + ORDER_FEATURES, s.d_model
+    (_, k, v, *_), every = linears(s), sum(i * o for i, o in linears(s))
+    stored = k[0] * k[1] + v[0] * v[1]
+    scored = every - stored + 3 * wide * wide + wide
+    return 2.0 * keys * stored + 2.0 * queries * scored + 4.0 * d * queries * keys
 
 
 def forward_flops(s: Shape, queries: int, keys: int, logit_rows: int) -> float:
@@ -110,18 +112,20 @@ def memory(
     block: int,
     shards: int,
     full_ft_ref: bool,
-    order: bool = False,
+    order_inputs: int = 0,
 ) -> Memory:
     """Per device, weights and state over `shards` devices, `sequences` a device at a time.
 
-    Trained weights (the order's alone with `order`) are float32 with gradient and two moments: 16
-    bytes each.
+    Trained weights are float32 with gradient and two moments: 16 bytes each. `order_inputs` > 0:
+    those of an order beside a frozen denoiser, which keeps so many states' residual streams.
     """
-    trained = trained_params(s, order)
-    frozen = total_params(s) * s.param_bytes if s.lora_rank or full_ft_ref or order else 0
-    carry = s.n_layers * s.d_model * s.compute_bytes
+    trained = lora_params(s) if s.lora_rank else total_params(s)
+    if order_inputs:
+        trained = order_params(s)
+    frozen = total_params(s) * s.param_bytes if s.lora_rank or full_ft_ref or order_inputs else 0
+    carry = (order_inputs or s.n_layers) * s.d_model * s.compute_bytes
     layer = s.compute_bytes * (4 * s.d_model + 3 * s.mlp_hidden_size)
-    kept = carry + layer if s.remat else s.n_layers * layer
+    kept = carry + layer if s.remat or order_inputs else s.n_layers * layer
     rows = sequences * length
     return Memory(
         weights=frozen / shards,
@@ -153,6 +157,19 @@ def update_flops(
     return sequences * one * (passes["forward"] + backward * passes["gradient"])
 
 
+def order_update_flops(
+    s: Shape, sequences: int, prompt: int, length: int, block: int, steps: int, kept: bool
+) -> float:
+    """One update of a learned order on all `steps` decisions of a trajectory.
+
+    The denoiser runs forward, and again where its states are not `kept`; the policy runs forward
+    twice and backward at the cost of two.
+    """
+    span = prompt + length
+    denoiser = forward_flops(s, span, span, block) * (1 if kept else 2)
+    return sequences * steps * (denoiser + 4 * order_flops(s, span, block))
+
+
 def dry_run(recipe: Any) -> str:
     """The estimate that `--config.dry_run` prints."""
     s, loop, sampling = shape_of(recipe.model), recipe.loop, recipe.sampling
@@ -160,20 +177,29 @@ def dry_run(recipe: Any) -> str:
     prompt, length = recipe.max_prompt_length, sampling.length
     states = [getattr(t.hyper, "states", 0) for t in recipe.terms]
     beta = [t for t in recipe.terms if getattr(t.hyper, "beta", 0) > 0]
-    mu, order = loop.num_iterations, sampling.learned
+    mu = loop.num_iterations
     gradient = mu * sum(n or 1 for n in states)
     forward = sum(states) + (gradient if mu > 1 else 0)
     forward += mu * sum(getattr(t.hyper, "states", 0) or 1 for t in beta)
-    if order:  # the denoiser, again in the backward pass; the policy is a layer in as many
-        gradient = 0
-        forward = mu * sum(t.hyper.steps * (1 if t.hyper.keep_inputs else 2) for t in recipe.terms)
     rollout = rollout_flops(s, completions, prompt, length, sampling.block_length, sampling.steps)
     update = update_flops(
         s, completions, prompt, length, {"forward": forward, "gradient": gradient}
     )
+    inputs = 0
+    if sampling.learned:
+        size, steps = (prompt, length, sampling.block_length), sampling.steps
+        kept = any(getattr(t.hyper, "keep_inputs", False) for t in recipe.terms)
+        inputs = steps if kept else 1
+        rollout += completions * steps * order_flops(s, prompt + length, sampling.block_length)
+        update = mu * order_update_flops(s, completions, *size, steps, kept)
     mesh = dict(recipe.mesh)
+    trained = "all trained"
+    if s.lora_rank:
+        trained = f"{lora_params(s):,} trained (LoRA rank {s.lora_rank})"
+    elif inputs:
+        trained = f"frozen; {order_params(s):,} trained (an order)"
     lines = [
-        f"parameters        {total_params(s):,} base, {_trained(s, order)}",
+        f"parameters        {total_params(s):,} base, {trained}",
         f"completions       {completions} a step ({loop.prompts_per_step} prompts x "
         f"{loop.num_generations}), {prompt} + {length} tokens",
         f"FLOPs a step      rollout {_tera(rollout)}, update {_tera(update)} (predicted)",
@@ -181,7 +207,8 @@ def dry_run(recipe: Any) -> str:
     for shards in sorted({1, 4, 8, _size(mesh)} - {0}):
         share = math.ceil(completions / loop.microbatches / shards)
         at_once = max(share, math.ceil(completions / loop.rollout_chunks / shards))
-        m = memory(s, at_once, prompt + length, sampling.block_length, shards, bool(beta), order)
+        block, reference = sampling.block_length, bool(beta)
+        m = memory(s, at_once, prompt + length, block, shards, reference, inputs)
         lines.append(
             f"memory, {shards} device(s)".ljust(18)
             + f"{m.total / GB:.2f} GB each: weights {m.weights / GB:.2f}, "
@@ -190,14 +217,6 @@ def dry_run(recipe: Any) -> str:
         )
     named = ", ".join(f"{axis}={size if size != -1 else 'rest'}" for axis, size in mesh.items())
     return "\n".join([*lines, f"mesh              {named}"])
-
-
-def _trained(s: Shape, order: bool) -> str:
-    if order:
-        return f"frozen; {order_params(s):,} of the order trained"
-    if s.lora_rank:
-        return f"{lora_params(s):,} trained (LoRA rank {s.lora_rank})"
-    return "all trained"
 
 
 def _size(mesh: dict[str, int]) -> int:

@@ -166,13 +166,14 @@ def build(config: Mapping[str, Any]) -> Recipe:
     terms = [t for t in terms if t.weight]
     sampling = section(Sampling, config["sampling"], "sampling")
     _check_order(terms, sampling, model)
-    guidance = config["sampling"]["cfg_scale"]
     probing = [t.name for t in terms if hasattr(t.algorithm, "probes")]
-    if guidance and probing:
-        raise ValueError(
-            f"sampling.cfg_scale={guidance} guides the sampler but not the probes of "
-            f"{', '.join(probing)}: set it to 0, or drop the term"
-        )
+    for name, plain in (("cfg_scale", 0), ("top_p", 1)):
+        value = getattr(sampling, name)
+        if probing and value != plain:
+            raise ValueError(
+                f"sampling.{name}={value} changes what the sampler draws but not the probes of "
+                f"{', '.join(probing)}: set it to {plain}, or drop the term"
+            )
     _check_agree(terms, config)
     _check_sampling(terms, sampling)
     rescue = section(Rescue, config["rescue"], "rescue")

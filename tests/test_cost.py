@@ -2,7 +2,9 @@
 
 import pytest
 
-from dmrl import cost, models
+from configs import sudoku_upo
+from dmrl import cost, models, recipe
+from dmrl.types import FLAGS, TOP
 
 LLADA = cost.shape_of(models.Config(lora_rank=128))
 TINY = cost.Shape(4, 1, 2, 1, 8, 10, 2, 4, 4, False)
@@ -65,3 +67,31 @@ def test_memory_falls_with_shards_and_holds_the_weights_once():
     assert alone.trained_state == 16 * cost.lora_params(LLADA)
     assert eight.weights == alone.weights / 8
     assert eight.total < alone.total
+
+
+def test_an_order_is_trained_beside_a_denoiser_that_is_not():
+    import jax
+
+    made = sudoku_upo.llada_8b()
+    made.tokenizer = "characters"
+    made = recipe.build(made.to_dict())
+    tree = jax.eval_shape(lambda: models.unmasking.init(made.model, jax.random.key(0)))
+    size, shape = sum(x.size for x in jax.tree.leaves(tree)), cost.shape_of(made.model)
+    assert size == cost.order_params(shape)
+    assert FLAGS + TOP == cost.ORDER_FEATURES
+    held = cost.memory(shape, 6, 288, 32, 1, False, 1)
+    assert held.trained_state == 16 * size
+    assert held.weights == 2 * cost.total_params(shape)
+    told = cost.dry_run(made)
+    assert f"base, frozen; {size:,} trained (an order)" in told
+    # 144 trajectories of 12 decisions, 16 times; the denoiser twice, at the least.
+    least = 16 * 144 * 12 * 2 * cost.forward_flops(shape, 288, 288, 32)
+    found = 16 * cost.order_update_flops(shape, 144, 256, 32, 32, 12, kept=False)
+    assert least < found < 1.1 * least
+    assert f"update {found / 1e12:,.3g} TFLOP" in told
+
+
+def test_a_decision_by_hand():
+    wide = 4 + cost.ORDER_FEATURES
+    layer = 16 + 16 + 3 * 32 + 3 * wide**2 + wide
+    assert cost.order_flops(TINY, 5, 1) == 2 * 5 * 16 + 2 * layer + 4 * 4 * 5

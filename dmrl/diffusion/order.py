@@ -72,7 +72,8 @@ class Margin(LowConfidence):
         """The margin."""
         del chosen
         best = jnp.argmax(log_p, axis=-1, keepdims=True)
-        others = jnp.put_along_axis(log_p, best, -jnp.inf, axis=-1, inplace=False)
+        column = jnp.expand_dims(jnp.arange(log_p.shape[-1]), range(log_p.ndim - 1))
+        others = jnp.where(column == best, -jnp.inf, log_p)
         return jnp.exp(jnp.max(log_p, axis=-1)) - jnp.exp(jnp.max(others, axis=-1))
 
 

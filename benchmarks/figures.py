@@ -287,7 +287,7 @@ def draw_variance(told: dict[str, Any]) -> Any:
         _errors(left, counts, [x[key] for x in rows], i, label)
     theory = np.array([x["predicted_leave_one_out"] for x in rows])
     shrunk = (4 * (1 - 1 / np.array(counts)) ** 2) * theory
-    left.plot(counts, theory, color=COLOURS[0], lw=1, label="predicted from moments")
+    left.plot(counts, theory, color=COLOURS[0], lw=1, label="predicted (U-statistic)")
     left.plot(counts, shrunk, color=COLOURS[1], lw=1)
     left.plot(counts, [1 / (z - 1) for z in counts], ":", color="0.4", lw=1, label="1 / (Z - 1)")
     left.set(xlabel="fillings Z", title="variance, Z = 2 is 1", ylim=(0, None), xticks=counts)
@@ -297,7 +297,7 @@ def draw_variance(told: dict[str, Any]) -> Any:
         _errors(right, shares, part["by_step"], i, name)
     right.plot([0, 1], [0, 1], ":", color="0.4", lw=1, label="m / L (Proposition 4.3)")
     right.set(xlabel="masked share m / L of the state", title="variance, masked / all tokens")
-    right.legend()
+    right.legend(loc="lower right")
     return figure
 
 

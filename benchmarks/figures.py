@@ -94,16 +94,28 @@ def opened(path: Path) -> Run:
 
 
 def loaded(found: Sequence[Run]) -> list[Loaded]:
-    """The runs with a DiSPO term, which have one task and model and no adapter."""
-    own = [run for run in found if "dispo" in run.objective.split(" + ")]
-    mesh = parallel.make_mesh(**own[0].recipe.mesh)
-    held = Held(own[0].recipe, mesh)
+    """The runs with their weights; they have one task and model, and no adapter."""
+    mesh = parallel.make_mesh(**found[0].recipe.mesh)
+    held = Held(found[0].recipe, mesh)
     told = []
-    for run in own:
+    for run in found:
         before = runs.warm_started(run.recipe, mesh, held, run.path)
         after = policy.load(str(run.path), "", mesh).trainable
         told.append(Loaded(run, mesh, held, before, after))
     return told
+
+
+def with_dispo(found: Sequence[Run]) -> list[Run]:
+    """The runs with a DiSPO term.
+
+    Raises:
+      ValueError: there is none.
+    """
+    own = [run for run in found if "dispo" in run.objective.split(" + ")]
+    if not own:
+        names = ", ".join(run.path.name for run in found)
+        raise ValueError(f"none of {names} has a dispo term: add such a run, or draw reward alone")
+    return own
 
 
 def by_objective(found: Sequence[Run]) -> dict[str, list[Run]]:
@@ -202,7 +214,7 @@ def violation(found: Sequence[Run]) -> dict[str, Any]:
 
     Greedy tokens.
     """
-    places, many = np.arange(1, 9) / 8, loaded(found)
+    places, many = np.arange(1, 9) / 8, loaded(with_dispo(found))
     told: dict[str, Any] = {"filled": places.tolist(), "orders": {}}
     for order in ORDERS:
         told["orders"][order] = {}
@@ -239,7 +251,7 @@ def pass_at(found: Sequence[Run]) -> dict[str, Any]:
     told: dict[str, Any] = {"samples": SAMPLES, "boards": BOARDS, "n": ks}
     lines = {order: (order, float(order == "low_confidence"), SAMPLES) for order in ORDERS}
     lines["greedy"] = ("low_confidence", 0.0, 1)
-    many = loaded(found)
+    many = loaded(with_dispo(found))
     for when in ("before", "after"):
         told[when] = {}
         for name, (order, temperature, samples) in lines.items():
@@ -270,8 +282,8 @@ def draw_pass_at(told: dict[str, Any]) -> Any:
 
 
 def step_variance(found: Sequence[Run]) -> dict[str, Any]:
-    """Of the final policy of the first run, which has a DiSPO term."""
-    one = loaded(found[:1])[0]
+    """Of the final policy of the first run with a DiSPO term."""
+    one = loaded(with_dispo(found)[:1])[0]
     here, later = variance.measure(one.run.recipe, one.mesh, one.held, one.after, STATES)
     return variance.study(here, later, COUNTS)
 

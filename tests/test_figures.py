@@ -205,3 +205,10 @@ def test_the_other_pictures_draw_what_they_are_told(tmp_path):
     figures.save("pass_at", {"n": [1, 2], "before": panel, "after": panel}, tmp_path)
     for name in ("violation", "pass_at"):
         assert all(order in (tmp_path / f"{name}.svg").read_text() for order in figures.ORDERS)
+
+
+def test_pictures_of_dispo_need_a_run_of_it(tmp_path):
+    runs = [figures.Run(tmp_path, name, board()) for name in ("diffu_grpo", "spg + dispo")]
+    assert figures.with_dispo(runs) == runs[1:]
+    with pytest.raises(ValueError, match="dispo term"):
+        figures.with_dispo(runs[:1])

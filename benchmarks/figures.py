@@ -58,7 +58,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 """Okabe and Ito's, told apart with any colour vision; lines differ in style and marker too."""
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = "osD^v"
-SMOOTH = 5
+BLOCK = 5
+"""Outer steps of a point."""
 ORDERS = ("low_confidence", "random", "top_k:5", "softmax_confidence:0.05")
 CELLS = 12
 """Most empty cells of a board: with as many steps one is filled at each."""
@@ -93,16 +94,28 @@ def opened(path: Path) -> Run:
 
 
 def loaded(found: Sequence[Run]) -> list[Loaded]:
-    """The runs with a DiSPO term, which have one task and model and no adapter."""
-    own = [run for run in found if "dispo" in run.objective.split(" + ")]
-    mesh = parallel.make_mesh(**own[0].recipe.mesh)
-    held = Held(own[0].recipe, mesh)
+    """The runs with their weights; they have one task and model, and no adapter."""
+    mesh = parallel.make_mesh(**found[0].recipe.mesh)
+    held = Held(found[0].recipe, mesh)
     told = []
-    for run in own:
+    for run in found:
         before = runs.warm_started(run.recipe, mesh, held, run.path)
         after = policy.load(str(run.path), "", mesh).trainable
         told.append(Loaded(run, mesh, held, before, after))
     return told
+
+
+def with_dispo(found: Sequence[Run]) -> list[Run]:
+    """The runs with a DiSPO term.
+
+    Raises:
+      ValueError: there is none.
+    """
+    own = [run for run in found if "dispo" in run.objective.split(" + ")]
+    if not own:
+        names = ", ".join(run.path.name for run in found)
+        raise ValueError(f"none of {names} has a dispo term: add such a run, or draw reward alone")
+    return own
 
 
 def by_objective(found: Sequence[Run]) -> dict[str, list[Run]]:
@@ -120,19 +133,20 @@ def band(curves: Sequence[Sequence[float]]) -> dict[str, Any]:
     return {"seeds": len(table)} | {k: np.round(v, 4).tolist() for k, v in told.items()}
 
 
-def smoothed(values: Sequence[float], width: int = SMOOTH) -> list[float]:
-    """Means of `width` neighbours, the first of them at the first place that has as many."""
-    return np.convolve(values, np.full(width, 1 / width), "valid").tolist()
+def blocks(values: Sequence[float]) -> list[float]:
+    """Means of BLOCK values each, without what is left over at the end."""
+    whole = len(values) // BLOCK * BLOCK
+    return np.reshape(values[:whole], (-1, BLOCK)).mean(1).tolist()
 
 
 def reward(found: Sequence[Run]) -> dict[str, Any]:
-    """Rewards over outer steps, running means of SMOOTH: of completions, and of fillings."""
-    told: dict[str, Any] = {"completions": {}, "fillings": {}, "smoothed_over": SMOOTH}
+    """Rewards over outer steps, means of BLOCK: of completions, and of fillings."""
+    told: dict[str, Any] = {"completions": {}, "fillings": {}, "steps_a_point": BLOCK}
     for objective, group in by_objective(found).items():
         lines = [runs.step_lines(run.path) for run in group]
         for name, key in (("completions", "reward"), ("fillings", "dispo/step_reward")):
             if key in lines[0][0]:
-                told[name][objective] = band([smoothed([x[key] for x in one]) for one in lines])
+                told[name][objective] = band([blocks([x[key] for x in one]) for one in lines])
     return told
 
 
@@ -142,7 +156,7 @@ def draw_reward(told: dict[str, Any]) -> Any:
     names = list(told["completions"])
     for axis, part in zip(axes, ("completions", "fillings"), strict=True):
         for objective, curve in told[part].items():
-            place = np.arange(len(curve["mean"])) + (told["smoothed_over"] + 1) // 2
+            place = (np.arange(len(curve["mean"])) + 0.5) * told["steps_a_point"]
             _line(axis, place, curve, names.index(objective), objective, marker=None)
         axis.set(xlabel="outer step", title=f"mean reward of {part}", ylim=(0, 1))
     axes[0].legend()
@@ -200,7 +214,7 @@ def violation(found: Sequence[Run]) -> dict[str, Any]:
 
     Greedy tokens.
     """
-    places, many = np.arange(1, 9) / 8, loaded(found)
+    places, many = np.arange(1, 9) / 8, loaded(with_dispo(found))
     told: dict[str, Any] = {"filled": places.tolist(), "orders": {}}
     for order in ORDERS:
         told["orders"][order] = {}
@@ -221,9 +235,9 @@ def draw_violation(told: dict[str, Any]) -> Any:
     )
     for axis, (order, curves) in zip(axes, told["orders"].items(), strict=True):
         for i, (when, curve) in enumerate(curves.items()):
-            _line(axis, told["filled"], curve, i, f"{when} stage 2")
-        axis.set(xlabel="share of empty cells filled", title=order, ylim=(0, None), xlim=(0, 1.03))
-    axes[0].set_ylabel("boards that broke a rule")
+            _line(axis, told["filled"], curve, i, f"{when} reinforcement")
+        axis.set(xlabel="share of empty cells filled", title=order, xlim=(0, 1.03))
+    axes[0].set(ylabel="boards that broke a rule", ylim=(0, None))
     axes[0].legend()
     return figure
 
@@ -237,7 +251,7 @@ def pass_at(found: Sequence[Run]) -> dict[str, Any]:
     told: dict[str, Any] = {"samples": SAMPLES, "boards": BOARDS, "n": ks}
     lines = {order: (order, float(order == "low_confidence"), SAMPLES) for order in ORDERS}
     lines["greedy"] = ("low_confidence", 0.0, 1)
-    many = loaded(found)
+    many = loaded(with_dispo(found))
     for when in ("before", "after"):
         told[when] = {}
         for name, (order, temperature, samples) in lines.items():
@@ -261,15 +275,15 @@ def draw_pass_at(told: dict[str, Any]) -> Any:
                 _line(axis, told["n"], curve, i, name)
         axis.set_xscale("log", base=2)
         axis.set_xticks(told["n"], list(map(str, told["n"])))
-        axis.set(xlabel="N completions", title=f"{when} stage 2", ylim=(None, 1))
+        axis.set(xlabel="N completions", title=f"{when} reinforcement", ylim=(None, 1))
     axes[0].set_ylabel("pass@N")
     axes[0].legend()
     return figure
 
 
 def step_variance(found: Sequence[Run]) -> dict[str, Any]:
-    """Of the final policy of the first run, which has a DiSPO term."""
-    one = loaded(found[:1])[0]
+    """Of the final policy of the first run with a DiSPO term."""
+    one = loaded(with_dispo(found)[:1])[0]
     here, later = variance.measure(one.run.recipe, one.mesh, one.held, one.after, STATES)
     return variance.study(here, later, COUNTS)
 
@@ -285,17 +299,17 @@ def draw_variance(told: dict[str, Any]) -> Any:
         _errors(left, counts, [x[key] for x in rows], i, label)
     theory = np.array([x["predicted_leave_one_out"] for x in rows])
     shrunk = (4 * (1 - 1 / np.array(counts)) ** 2) * theory
-    left.plot(counts, theory, color=COLOURS[0], lw=1, label="predicted from moments")
+    left.plot(counts, theory, color=COLOURS[0], lw=1, label="predicted (U-statistic)")
     left.plot(counts, shrunk, color=COLOURS[1], lw=1)
     left.plot(counts, [1 / (z - 1) for z in counts], ":", color="0.4", lw=1, label="1 / (Z - 1)")
-    left.set(xlabel="fillings Z", title="variance, Z = 2 is 1", ylim=(0, None))
+    left.set(xlabel="fillings Z", title="variance, Z = 2 is 1", ylim=(0, None), xticks=counts)
     left.legend()
     for i, (name, part) in enumerate(told["by_tokens"].items()):
         shares = [x["share"] for x in part["by_step"]]
         _errors(right, shares, part["by_step"], i, name)
     right.plot([0, 1], [0, 1], ":", color="0.4", lw=1, label="m / L (Proposition 4.3)")
     right.set(xlabel="masked share m / L of the state", title="variance, masked / all tokens")
-    right.legend()
+    right.legend(loc="lower right")
     return figure
 
 

@@ -85,9 +85,12 @@ def draw(
 def moved(
     recipe: Recipe, mesh: Any, held: Held, trainable: Any, key: jax.Array, updates: int = INNER
 ) -> Any:
-    """The weights after so many inner updates on one rollout, at the run's full learning rate."""
+    """The weights after so many inner updates on one rollout, at the learning rate that the run
+    ended with."""
     loop = dataclasses.replace(recipe.loop, num_iterations=updates)
-    steady = dataclasses.replace(recipe.optimizer, warmup_steps=1, schedule="constant")
+    own = recipe.optimizer
+    last = own.learning_rate * (own.final_fraction if own.schedule == "cosine" else 1)
+    steady = dataclasses.replace(own, learning_rate=last, warmup_steps=1, schedule="constant")
     stage = stages.Reinforce(recipe._replace(loop=loop, optimizer=steady), mesh, held)
     state = stage.init(jax.tree.map(jnp.copy, trainable))
     return stage.step(state, 0, np.asarray(next(stage.batches)), key).state.trainable

@@ -178,14 +178,14 @@ def test_reward_curves_are_those_of_the_seeds(tmp_path):
         lines = [
             {"stage": "rl", "step": i, "step_time": 1.0, "reward": i / 20 + more}
             | {"dispo/step_reward": 0.5}
-            for i in range(1, 11)
+            for i in range(1, 13)
         ]
         (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
         found.append(figures.Run(path, "diffu_grpo + dispo", board()))
     told = figures.reward(found)
     curve = told["completions"]["diffu_grpo + dispo"]
     assert curve["seeds"] == 2
-    np.testing.assert_allclose(curve["mean"], np.arange(3, 9) / 20 + 0.1)
+    np.testing.assert_allclose(curve["mean"], [3 / 20 + 0.1, 8 / 20 + 0.1])
     np.testing.assert_allclose(np.subtract(curve["high"], curve["low"]), 0.2)
     figures.save("reward", told, tmp_path)
     figures.save("reward", told, tmp_path / "again")
@@ -205,3 +205,10 @@ def test_the_other_pictures_draw_what_they_are_told(tmp_path):
     figures.save("pass_at", {"n": [1, 2], "before": panel, "after": panel}, tmp_path)
     for name in ("violation", "pass_at"):
         assert all(order in (tmp_path / f"{name}.svg").read_text() for order in figures.ORDERS)
+
+
+def test_pictures_of_dispo_need_a_run_of_it(tmp_path):
+    runs = [figures.Run(tmp_path, name, board()) for name in ("diffu_grpo", "spg + dispo")]
+    assert figures.with_dispo(runs) == runs[1:]
+    with pytest.raises(ValueError, match="dispo term"):
+        figures.with_dispo(runs[:1])

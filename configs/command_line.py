@@ -43,11 +43,15 @@ def _nearest(key: str, known: list[str]) -> str:
     section, _, last = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
     close = [siblings[k] for k in difflib.get_close_matches(last, siblings, n=1, cutoff=0.5)]
-    elsewhere = [k for k in known if k.rpartition(".")[2] == last]
+    elsewhere = sorted((k for k in known if k.rpartition(".")[2] == last), key=_depth)
     misspelt = [] if siblings else difflib.get_close_matches(key, known, n=1)
     if found := close or elsewhere or misspelt:
         return f"; did you mean --config.{found[0]}?"
     return f"; there are {', '.join(siblings.values() or known)}"
+
+
+def _depth(key: str) -> int:
+    return key.count(".")
 
 
 def _keys(tree: Mapping, prefix: str = "") -> list[str]:

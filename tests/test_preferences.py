@@ -70,7 +70,10 @@ def test_short_texts_end_with_eos_and_count_whole(tmp_path):
             "line 2: '11111111111111111'... is 17 tokens, sampling.length is 16",
         ),
         ('{"prompt": "", "chosen": "x", "rejected": "1"}', "line 2: cannot tokenize 'x'"),
-        ('{"prompt": "", "chosen": "1", "rejected": "1", "template": "_"}', "line 2: template"),
+        (
+            '{"prompt": "", "chosen": "1", "rejected": "1", "template": "_________________"}',
+            "line 2: template '_________________' is 17 tokens, the completion 16",
+        ),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):

@@ -186,7 +186,7 @@ def test_bytes_that_are_no_text_and_a_truncated_gzip_are_named(tmp_path):
 
 @pytest.mark.parametrize("source", ["", "jsonl", "huggingface:x", "generated"])
 def test_what_is_no_source_is_refused_when_the_task_is_made(source):
-    with pytest.raises(ValueError, match=r"source='.*' is not one of 'published', 'jsonl:PATH'"):
+    with pytest.raises(ValueError, match=r"source='.*' is not one of 'published', 'easy', 'json"):
         gsm8k(source)
 
 

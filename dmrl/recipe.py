@@ -150,12 +150,22 @@ class Recipe(typing.NamedTuple):
     metrics: tuple[str, ...]
 
 
+SECTIONS = ("sampling", "evaluation", "warm_start", "imitation", "rescue", "preferences")
+"""Of a config, those that earlier versions may lack."""
+
+
 def build(config: Mapping[str, Any]) -> Recipe:
     """Builds and checks everything before anything is computed.
 
     Raises:
       ValueError: naming the offending key or value and what would be right.
     """
+    missing = [name for name in SECTIONS if name not in config]
+    if missing:
+        raise ValueError(
+            f"the config has no {', '.join(missing)}: it was written by another version of dmrl; "
+            "give the recipe by --config"
+        )
     task_options = dict(config["task"])
     task = tasks.load(task_options.pop("name"), **_tuples(task_options))
     tok, model = _tokenizer_and_model(config, task)

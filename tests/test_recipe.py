@@ -30,6 +30,13 @@ def test_a_config_that_was_json_builds_the_same():
     )
 
 
+def test_a_config_of_an_earlier_version_is_named_as_such():
+    made = config()
+    del made["imitation"]
+    with pytest.raises(ValueError, match="no imitation: it was written by another version"):
+        recipe.build(made)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -1,7 +1,7 @@
 """The papers' pictures from finished runs of the tiny Sudoku, and the numbers behind them.
 
     python benchmarks/figures.py --runs=runs/sudoku/dispo-0,runs/sudoku/diffu_grpo-0 \\
-        --out=docs/figures [--figures=reward,variance,violation,pass_at]
+        --pictures=docs/figures [--figures=reward,variance,violation,pass_at]
 
     reward     rewards of completions and of fillings over the outer steps, of all runs
     variance   of DiSPO's step gradient, by the tokens that enter and by the number of fillings
@@ -52,7 +52,7 @@ from dmrl.trajectories import reader  # noqa: E402
 from dmrl.types import Rollout  # noqa: E402
 
 RUNS = flags.DEFINE_list("runs", [], "Workdirs of finished runs")
-OUT = flags.DEFINE_string("out", "docs/figures", "Where the pictures go")
+OUT = flags.DEFINE_string("pictures", "docs/figures", "Where they go")
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 """Okabe and Ito's, told apart with any colour vision; lines differ in style and marker too."""

@@ -7,13 +7,13 @@
 
 tiny: the drawn 4x4 Sudoku of configs/common.py, our own setting; measured in docs/methods.md.
 
-countdown: LLaDA-8B-Instruct, 512 tokens in 128 steps, temperature 0.4, groups of 8, K 8, KL 0.02,
-learning rate 7e-7. Published: +54.2 % on Countdown over the previous best at equal updates
-(abstract; the table could not be read). Not run here. Ours: LoRA instead of full fine-tuning,
-blocks of 128 (the authors mix 128 and 512), Countdown's own puzzles instead of those that the
-model over-denoises.
+countdown, math: LLaDA-8B-Instruct, 512 tokens in 128 steps, temperature 0.4, groups of 8, K 8, KL
+0.02, learning rate 7e-7. Published: +54.2 % on Countdown and +9.6 % on MATH-500 over the previous
+best at equal updates (abstract; the table could not be read). Not run here. Ours: LoRA instead of
+full fine-tuning, blocks of 128 (the authors mix 128 and 512), the tasks' own problems instead of
+those that the model over-denoises.
 
-rcr: the same with running-confidence remasking (MDPO + RCR) in rollouts and evaluations, the
+rcr: countdown with running-confidence remasking (MDPO + RCR) in rollouts and evaluations, the
 schedule as the authors' code rounds it. tiny_rcr: so on the drawn boards.
 """
 
@@ -22,8 +22,8 @@ from configs.common import term
 
 
 def get_config(arg=None):
-    presets = {"tiny": tiny, "countdown": countdown, "rcr": rcr, "tiny_rcr": tiny_rcr}
-    return common.preset(arg, presets)
+    presets = {"tiny": tiny, "countdown": countdown, "math": math, "rcr": rcr}
+    return common.preset(arg, presets | {"tiny_rcr": tiny_rcr})
 
 
 def tiny():
@@ -31,8 +31,16 @@ def tiny():
 
 
 def countdown():
+    return _llada("countdown")
+
+
+def math():
+    return _llada("math")
+
+
+def _llada(task):
     return common.llada_8b(
-        common.published("countdown"),
+        common.published(task),
         {"mdpo": term("mdpo", 1.0)},
         optimizer={"learning_rate": 7e-7},
         sampling={"length": 512, "steps": 128, "block_length": 128, "temperature": 0.4},

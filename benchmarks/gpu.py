@@ -28,7 +28,8 @@ from absl import app, flags  # noqa: E402
 from benchmarks import timing  # noqa: E402
 from benchmarks.shapes import SHAPES, Shape  # noqa: E402
 from dmrl import cost, models, optim, parallel  # noqa: E402
-from dmrl.programs import Programs, TrainState, make_term  # noqa: E402
+from dmrl.objective import make_term  # noqa: E402
+from dmrl.programs import Programs, TrainState  # noqa: E402
 
 _SHAPE = flags.DEFINE_enum("shape", "F", list(SHAPES), "Which shape")
 _SIDES = flags.DEFINE_list("sides", ["dmrl", "peer"], "Who runs")

@@ -29,7 +29,8 @@ from benchmarks import runs, timing  # noqa: E402
 from benchmarks.shapes import SHAPES, F, Shape  # noqa: E402
 from configs import sudoku_dispo  # noqa: E402
 from dmrl import cost, models, optim, parallel, recipe, trainer  # noqa: E402
-from dmrl.programs import Programs, Term, TrainState, make_term, needs  # noqa: E402
+from dmrl.objective import Term, make_term, needs  # noqa: E402
+from dmrl.programs import Programs, TrainState  # noqa: E402
 
 _SHAPE = flags.DEFINE_enum("shape", "T0", ["tiny", "T0"], "Shape of the steps")
 _HOST_STEPS = flags.DEFINE_integer("host_steps", 12, "Steps of the tiny recipe, for the host gap")

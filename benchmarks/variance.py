@@ -19,7 +19,8 @@ from dmrl import data, models, optim, scoring, stages
 from dmrl.algorithms import dispo, surrogate
 from dmrl.diffusion.likelihood import state_log_prob
 from dmrl.held import Held
-from dmrl.programs import Programs, make_term
+from dmrl.objective import make_term
+from dmrl.programs import Programs
 from dmrl.recipe import Recipe
 from dmrl.types import Denoiser, Inner, Models, Probe, Rollout
 

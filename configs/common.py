@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from dmrl import models, optim, recipe, tasks
 from dmrl.diffusion.sampler import Sampling
-from dmrl.programs import make_term
+from dmrl.objective import make_term
 from dmrl.rescue import Rescue
 
 

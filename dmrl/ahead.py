@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dmrl import models, orders, parallel, stages
-from dmrl.programs import Programs, frozen_copy, needs, part_of
+from dmrl.objective import needs
+from dmrl.programs import Programs, frozen_copy, part_of
 from dmrl.recipe import Recipe
 
 

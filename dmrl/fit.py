@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 from dmrl import flops, hlo, parallel
 from dmrl.ahead import Traced
 from dmrl.cost import GB
-from dmrl.programs import needs
+from dmrl.objective import needs
 from dmrl.recipe import Recipe
 from dmrl.slices import Chip, Slice
 

@@ -14,8 +14,9 @@ from dmrl import data, models, optim, parallel
 from dmrl.diffusion.sampler import Sampling
 from dmrl.held import Evaluated, Held
 from dmrl.models import weights
+from dmrl.objective import make_term, needs
 from dmrl.policy import Policy
-from dmrl.programs import Programs, TrainState, make_term, needs
+from dmrl.programs import Programs, TrainState
 from dmrl.recipe import Recipe
 from dmrl.stages import StepResult, check_shared
 

@@ -7,22 +7,18 @@ Rewards are computed by the host in between. Both programs have static shapes an
 """
 
 import dataclasses
-import difflib
 import functools
-import importlib
-import pkgutil
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool
 
-from dmrl import algorithms, models, parallel, pieces
+from dmrl import models, objective, parallel, pieces
 from dmrl.diffusion import drift, probe, sampler
+from dmrl.objective import Term, needs
 from dmrl.types import HINT, Denoiser, Inner, Metrics, Models, PRNGKey, Probe, Rollout
 
 
@@ -40,45 +36,6 @@ class TrainState(NamedTuple):
     """The behaviour policy of the present phase, laid out like `trainable`; None without phases."""
     ema: Any = None
     """Exponential moving average of `trainable`; None unless the optimiser asks for one."""
-
-
-class Term(NamedTuple):
-    """One weighted summand of the objective."""
-
-    name: str
-    weight: float
-    algorithm: ModuleType
-    hyper: Any
-
-
-def make_term(name: str, weight: float, options: dict[str, Any]) -> Term:
-    """The algorithm module `name` of `dmrl.algorithms`, with its `Hyper` filled from `options`.
-
-    Raises:
-      ValueError: unknown algorithm or option, with the nearest right name.
-    """
-    shared = ("advantage", "surrogate")
-    known = [m.name for m in pkgutil.iter_modules(algorithms.__path__) if m.name not in shared]
-    if name not in known:
-        raise ValueError(f"no algorithm {name!r}{_nearest(name, known)}")
-    module: Any = importlib.import_module(f"dmrl.algorithms.{name}")
-    fields = [f.name for f in dataclasses.fields(module.Hyper)]
-    for option in options:
-        if option not in fields:
-            raise ValueError(f"{name} has no option {option!r}{_nearest(option, fields)}")
-    return Term(name, weight, module, module.Hyper(**options))
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ";"
-    return f"{hint} there are {', '.join(sorted(known)) or 'none'}"
-
-
-def needs(terms: Sequence[Term]) -> frozenset[str]:
-    """What the terms ask for beyond a rollout: 'reference', 'drafts', names of heads."""
-    asked = [t.algorithm.needs(t.hyper) for t in terms if hasattr(t.algorithm, "needs")]
-    return frozenset[str]().union(*asked)
 
 
 DRIFT_ROWS = 16
@@ -302,7 +259,13 @@ class Programs:
             behaviour and in_pieces(behaviour),
             reference and in_pieces(reference),
         )
+        # A loss sees the teacher of a method with phases, for targets too large to prepare (whole
+        # vocabulary rows); theta_old of other methods enters through `prepare` alone.
         teacher = behaviour if self.phases else None
+        shards = parallel.batch_shards(self.mesh)
+
+        def bound(trainable):
+            return Models(self.policy(trainable, frozen), teacher, reference)
 
         def prepare(index):
             inner_key = jax.random.fold_in(jax.random.fold_in(key, 2), index)
@@ -313,7 +276,8 @@ class Programs:
             )
 
         def inner_update(state, batches):
-            grads, metrics = self._gradient(state.trainable, frozen, teacher, reference, batches)
+            args = (state.trainable, batches, self.microbatches, shards)
+            grads, metrics = objective.gradient(self.terms, bound, *args)
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.trainable)
             policy = {name: tree for name, tree in grads.items() if name != "heads"}
             metrics["grad_norm"] = optax.tree.norm(policy)  # what clip_norm clips
@@ -342,68 +306,9 @@ class Programs:
             batches = tuple(
                 t.algorithm.prepare(bound, rollout, None, key, inner, t.hyper) for t in self.terms
             )
-            return self._objective(bound, batches)[1]
+            return objective.value(self.terms, bound, batches)[1]
 
         return jax.jit(measure)
-
-    def _objective(self, bound: Models, batches: Any) -> tuple[jax.Array, Metrics]:
-        """The weighted sum of the terms, and their metric sums."""
-        total, metrics = jnp.zeros(()), dict[str, jax.Array]()
-        for i, (term, batch) in enumerate(zip(self.terms, batches, strict=True)):
-            value, sums = term.algorithm.loss(bound, batch, term.hyper)
-            total += term.weight * value
-            prefix = f"{term.name}/" if i else ""
-            metrics |= {prefix + name: v for name, v in sums.items()}
-        return total, metrics | {"loss": total}
-
-    def _gradient(self, trainable, frozen, teacher, reference, batches):
-        """Gradient and metric sums of the weighted objective, over strided microbatches.
-
-        A loss sees the teacher of a method with phases, for targets too large to prepare (whole
-        vocabulary rows); theta_old of other methods enters through `prepare` alone.
-        """
-
-        def objective(trainable, batches):
-            return self._objective(
-                Models(self.policy(trainable, frozen), teacher, reference), batches
-            )
-
-        gradient = jax.grad(objective, has_aux=True)
-        if self.microbatches == 1:
-            return gradient(trainable, batches)
-        cut, live = self._cut(batches)
-
-        def accumulate(total, piece):
-            batches, live = piece
-            return jax.lax.cond(
-                live,
-                lambda: jax.tree.map(jnp.add, total, gradient(trainable, batches)),
-                lambda: total,
-            ), None
-
-        first = jax.tree.map(lambda x: x[0], cut)
-        shapes = jax.eval_shape(gradient, trainable, first)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(accumulate, zeros, (cut, live))[0]
-
-    def _cut(self, batches: tuple[Any, ...]) -> tuple[Any, Bool[Array, " count"]]:
-        """The batches in microbatches, and which of these have a gradient.
-
-        Items that give none (`idle` of an algorithm) are put together, so that their
-        microbatches cost nothing.
-        """
-        count, shards = self.microbatches, parallel.batch_shards(self.mesh)
-        cut = functools.partial(pieces.strided, count=count)
-        live, made = jnp.zeros((count,), bool), []
-        for term, batch in zip(self.terms, batches, strict=True):
-            if not hasattr(term.algorithm, "idle"):
-                live, ordered = jnp.ones((count,), bool), batch
-            else:
-                idle = term.algorithm.idle(batch, term.hyper)
-                ordered, idle = pieces.idle_last((batch, idle), idle, count, shards)
-                live |= jnp.any(~cut(idle), axis=1)
-            made.append(jax.tree.map(cut, ordered))
-        return tuple(made), live
 
 
 def part_of(trainable: Any, frozen: Any) -> Any:

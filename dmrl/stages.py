@@ -10,7 +10,8 @@ import numpy as np
 
 from dmrl import data, evaluate, models, optim, parallel, rescue, scoring, tokenizer, trajectories
 from dmrl.held import Evaluated, Held
-from dmrl.programs import Programs, TrainState, make_term, needs
+from dmrl.objective import make_term, needs
+from dmrl.programs import Programs, TrainState
 from dmrl.recipe import Loop, Recipe
 from dmrl.scoring import Scored
 from dmrl.types import TEMPLATE, Probe, Rollout

@@ -24,7 +24,8 @@ from dmrl.console import Console
 from dmrl.held import Held
 from dmrl.metrics import Lines, Metrics
 from dmrl.models import weights
-from dmrl.programs import TrainState, frozen_copy, needs
+from dmrl.objective import needs
+from dmrl.programs import TrainState, frozen_copy
 from dmrl.recipe import Recipe
 
 STAGES = {"warm_start": 1, "imitation": 3, "rl": 2}

@@ -11,7 +11,8 @@ from test_programs import GROUP, KEY, MODEL, SAMPLING, behaviour, fresh, prompts
 from tiny import assert_close
 
 from dmrl import models, parallel, pieces
-from dmrl.programs import Programs, make_term, needs
+from dmrl.objective import make_term, needs
+from dmrl.programs import Programs
 from dmrl.types import Inner, Models
 
 METHODS = {

@@ -67,6 +67,8 @@ RULES = {
     "dmrl.hlo": Doors(set(), set()),
     "dmrl.fit_page": Doors({"rich"}, {"dmrl.fit"}),
     # The trainer stands on every room; these are its parts.
+    "dmrl.objective": Doors(NUMERIC, {"dmrl.algorithms", "dmrl.pieces", "dmrl.types"}),
+    "dmrl.checks": Doors(set(), ANY),
     "dmrl.programs": Doors(NUMERIC | {"optax"}, ANY),
     "dmrl.recipe": Doors(set(), ANY),
     "dmrl.held": Doors(NUMERIC, ANY),

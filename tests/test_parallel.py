@@ -19,7 +19,8 @@ import jax, numpy as np, optax
 from jax.sharding import Mesh
 from dmrl import models, parallel
 from dmrl.diffusion.sampler import Sampling
-from dmrl.programs import Programs, make_term
+from dmrl.objective import make_term
+from dmrl.programs import Programs
 
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -206,7 +207,8 @@ def test_minus_one_is_the_rest():
 PHASES = """
 import json, jax, optax
 from dmrl import models, parallel
-from dmrl.programs import Programs, make_term
+from dmrl.objective import make_term
+from dmrl.programs import Programs
 
 cfg = models.Config(vocab_size=16, d_model=32, n_layers=1, n_heads=4, n_kv_heads=4,
     mlp_hidden_size=48, max_sequence_length=32, mask_token_id=0, eos_token_id=1,

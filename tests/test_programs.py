@@ -11,7 +11,8 @@ from tiny import assert_close
 
 from dmrl import models, parallel
 from dmrl.diffusion.sampler import Sampling
-from dmrl.programs import Programs, make_term, needs
+from dmrl.objective import make_term, needs
+from dmrl.programs import Programs
 from dmrl.types import HINT, TEMPLATE
 
 MODEL = models.Config(

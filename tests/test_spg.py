@@ -14,7 +14,8 @@ from dmrl import models, parallel
 from dmrl.algorithms import dispo, spg
 from dmrl.diffusion import likelihood
 from dmrl.diffusion.masking import mask_prompt, upto_eos
-from dmrl.programs import Programs, make_term
+from dmrl.objective import make_term
+from dmrl.programs import Programs
 from dmrl.types import TEMPLATE, Denoiser, Models, Probe
 
 LENGTH, BLOCK, EOS = 6, 2, 2

@@ -13,7 +13,8 @@ from test_sampler import draw
 
 from dmrl import algorithms, models, parallel
 from dmrl.diffusion.sampler import Sampling
-from dmrl.programs import Programs, make_term
+from dmrl.objective import make_term
+from dmrl.programs import Programs
 from dmrl.types import Models
 
 EOS = 2

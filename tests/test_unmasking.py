@@ -8,6 +8,7 @@ import numpy as np
 
 from dmrl import cost, models
 from dmrl.models import llada, unmasking
+from dmrl.models.config import Config
 from dmrl.types import FLAGS, TOP
 
 CFG = models.Config(
@@ -44,7 +45,7 @@ def test_it_reads_the_stream_of_the_last_layer_and_gives_what_the_window_gives()
     hidden, score = read(variables(), TOKENS, FEATURES, jnp.int32(2))
     window = jax.jit(lambda v: models.bind(CFG, v).window(TOKENS, VALID, jnp.int32(2), 3))
     np.testing.assert_allclose(hidden, window(variables()), atol=1e-6)
-    one_less = llada.Config(**{**vars(CFG), "n_layers": 1})
+    one_less = Config(**{**vars(CFG), "n_layers": 1})
     params = variables()["params"]
     first = {**params, "blocks": jax.tree.map(lambda x: x[:1], params["blocks"])}
     first["ln_f"] = {"scale": jnp.ones(16)}

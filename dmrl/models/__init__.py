@@ -2,6 +2,7 @@
 
 from dmrl.models import heads, unmasking
 from dmrl.models.bind import bind
-from dmrl.models.llada import Config, init
+from dmrl.models.config import Config
+from dmrl.models.llada import init
 
 __all__ = ["Config", "bind", "heads", "init", "unmasking"]

@@ -9,10 +9,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dmrl.models import heads, llada, logprob, unmasking
+from dmrl.models.config import Config
 from dmrl.types import Cached, Denoiser
 
 
-def bind(cfg: llada.Config, variables: Mapping[str, Any], keep_mask: bool = False) -> Denoiser:
+def bind(cfg: Config, variables: Mapping[str, Any], keep_mask: bool = False) -> Denoiser:
     """Closes a LLaDA's functions over `variables`: 'params', maybe 'lora', 'heads' and 'order'.
 
     The mask token is never a prediction: its logit is -inf and it leaves every normaliser,

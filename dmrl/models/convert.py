@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dmrl.models import shards
-from dmrl.models.llada import Config
+from dmrl.models.config import Config
 from dmrl.models.weights import Read, Written, layers, leaves, new_directory
 
 

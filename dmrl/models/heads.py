@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from dmrl.models.llada import Config
+from dmrl.models.config import Config
 from dmrl.types import Denoiser
 
 WIDTH = 256

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from dmrl.models.llada import BATCH_AXES, constrain, dot
+from dmrl.models.layers import BATCH_AXES, constrain, dot
 
 CHUNK = 4096
 """Columns of the vocabulary held at a time. A vocabulary up to this size is one chunk."""

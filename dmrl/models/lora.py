@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from dmrl.models.llada import Config
+from dmrl.models.config import Config
 from dmrl.models.weights import Read
 
 

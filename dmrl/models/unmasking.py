@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from dmrl.models.llada import Block, Config, Linear, RMSNorm, turns
+from dmrl.models.config import Config
+from dmrl.models.layers import Block, Linear, RMSNorm, turns
 from dmrl.types import FLAGS, TOP
 
 HIDDEN_LAYERS = 3

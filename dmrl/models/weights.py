@@ -27,7 +27,8 @@ import tensorstore as ts
 from flax import traverse_util
 
 from dmrl.models import unmasking
-from dmrl.models.llada import Config, init
+from dmrl.models.config import Config
+from dmrl.models.llada import init
 
 CHUNK = 1024
 MODEL_FILE = "model.json"

@@ -7,13 +7,17 @@ import ast
 import itertools
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
+
+import numpy as np
 
 _LONGEST = 1000
 """Characters of an expression: some 25 for four numbers, the rest for spaces and brackets."""
 _POWER_BITS = 4096
+_ROUND = 8192
+"""Random expressions drawn at a time."""
 
 
 def literals(text: str) -> list[int]:
@@ -113,3 +117,34 @@ def _solve(terms: list[tuple[Fraction, Term]], target: int) -> str | None:
             if found is not None:
                 return found
     return None
+
+
+def drawn(
+    rng: np.random.Generator, count: int, values: Sequence[int], targets: Sequence[int]
+) -> Iterator[tuple[tuple[int, ...], int, str]]:
+    """(numbers, target, expression) of random expressions over `count` numbers, of one round those
+    that hit an allowed target.
+
+    Two terms at random are joined by a random operation until one is left; divisions must
+    leave no remainder. The values stay integers far below 2^63 for the options allowed.
+    """
+    numbers = rng.integers(values[0], values[1] + 1, (_ROUND, count))
+    state, valid, steps = numbers, np.ones(_ROUND, bool), []
+    while state.shape[1] > 1:
+        order = rng.permuted(np.tile(np.arange(state.shape[1]), (_ROUND, 1)), axis=1)
+        op = rng.integers(4, size=_ROUND)
+        state = np.take_along_axis(state, order, axis=1)
+        a, b = state[:, 0], state[:, 1]
+        divisor = np.where(b == 0, 1, b)
+        valid &= (op < 3) | ((b != 0) & (a % divisor == 0))
+        joined = np.choose(op, [a + b, a - b, a * b, a // divisor])
+        state = np.column_stack([joined, state[:, 2:]])
+        steps.append((order, op))
+    reached = state[:, 0]
+    valid &= (targets[0] <= reached) & (reached <= targets[1])
+    for row in np.flatnonzero(valid):
+        terms = [Term(str(number)) for number in numbers[row]]
+        for order, op in steps:
+            first, second, *rest = (terms[i] for i in order[row])
+            terms = [first.join("+-*/"[op[row]], second), *rest]
+        yield tuple(numbers[row].tolist()), int(reached[row]), terms[0].text

@@ -8,7 +8,7 @@ import ast
 import itertools
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from dmrl.tasks.answers import (
     finished,
     last_answer,
 )
-from dmrl.tasks.arithmetic import Term, evaluate, literals, solve
+from dmrl.tasks.arithmetic import drawn, evaluate, literals, solve
 from dmrl.tasks.options import at_least, divided, one_of, rows, shots_of, source_of_rows, span
 
 _BUCKETS = {"train": range(2, 8), "validation": range(1, 2), "test": range(1)}
@@ -38,8 +38,6 @@ _SYMBOLS: dict[type[ast.operator], str] = {
     ast.Div: "/",
 }
 
-_ROUND = 8192
-"""Expressions drawn at a time."""
 
 _PROMPT = """Using only the numbers {numbers}, write an arithmetic expression whose value is \
 exactly {target}. Use every number of the list exactly once. The operations +, -, * and / are \
@@ -175,10 +173,10 @@ class Task:
         before = -1
         while before < len(found) < size:
             before = len(found)
-            for example in _draw(rng, count, self.values, self.targets):
-                key = tuple(sorted(example.numbers)), example.target
+            for numbers, target, solution in drawn(rng, count, self.values, self.targets):
+                key = tuple(sorted(numbers)), target
                 if zlib.crc32(f"{self.split_seed} {key}".encode()) % 8 in _BUCKETS[split]:
-                    found.setdefault(key, example)
+                    found.setdefault(key, Example(numbers, target, solution))
                 if len(found) == size:
                     break
         return list(found.values())
@@ -325,33 +323,3 @@ def _published(data_dir: str | None) -> list[Example]:
         numbers, target = tuple(map(int, row["input"].split(","))), int(row["output"])
         found.append(Example(numbers, target, solve(numbers, target) or ""))
     return found
-
-
-def _draw(
-    rng: np.random.Generator, count: int, values: Sequence[int], targets: Sequence[int]
-) -> Iterator[Example]:
-    """A round of random expressions over `count` numbers, those that hit an allowed target.
-
-    Two terms at random are joined by a random operation until one is left; divisions must
-    leave no remainder. The values stay integers far below 2^63 for the options allowed.
-    """
-    numbers = rng.integers(values[0], values[1] + 1, (_ROUND, count))
-    state, valid, steps = numbers, np.ones(_ROUND, bool), []
-    while state.shape[1] > 1:
-        order = rng.permuted(np.tile(np.arange(state.shape[1]), (_ROUND, 1)), axis=1)
-        op = rng.integers(4, size=_ROUND)
-        state = np.take_along_axis(state, order, axis=1)
-        a, b = state[:, 0], state[:, 1]
-        divisor = np.where(b == 0, 1, b)
-        valid &= (op < 3) | ((b != 0) & (a % divisor == 0))
-        joined = np.choose(op, [a + b, a - b, a * b, a // divisor])
-        state = np.column_stack([joined, state[:, 2:]])
-        steps.append((order, op))
-    reached = state[:, 0]
-    valid &= (targets[0] <= reached) & (reached <= targets[1])
-    for row in np.flatnonzero(valid):
-        terms = [Term(str(number)) for number in numbers[row]]
-        for order, op in steps:
-            first, second, *rest = (terms[i] for i in order[row])
-            terms = [first.join("+-*/"[op[row]], second), *rest]
-        yield Example(tuple(numbers[row].tolist()), int(reached[row]), terms[0].text)

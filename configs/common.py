@@ -250,15 +250,22 @@ def llada_8b(
     )
 
 
-def published(task: str, shots: int = 0) -> ConfigDict:
-    """A task in d1's wording with the published reward: `sudoku`, `countdown` (3 numbers),
-    `gsm8k` or `math`. The last two need their published files (`data_dir`) or a `source`.
-    `shots`: of Sudoku, SPG's worked examples."""
+def published(task: str, shots: int = 0, reward: str = "published") -> ConfigDict:
+    """A task in d1's wording: `sudoku`, `countdown` (3 numbers), `gsm8k`, `math` or `code`.
+
+    Mathematics needs its published files (`data_dir`) or a `source`; code is KodCode's 10,000
+    problems from the hub, and naming it allows programs to run, in the sandbox. `shots`: of
+    Sudoku, SPG's worked examples. `reward`: of mathematics, `solved` for right answers alone.
+    """
     if task == "sudoku":
         return make_task("sudoku", style="published", reward="cells", shots=shots)
     if task == "countdown":
         return make_task("countdown", style="published", numbers=(3, 3))
-    return make_task({"gsm8k": "gsm8k", "math": "math500"}[task], style="published")
+    if task == "code":
+        problems = {"source": "hf:KodCode/KodCode-Light-RL-10K", "shown": 0}
+        return make_task("mbpp", style="published", allow_code=True, **problems)
+    name = {"gsm8k": "gsm8k", "math": "math500"}[task]
+    return make_task(name, style="published", reward=reward)
 
 
 def preset(arg: str | None, presets: dict[str, Any]) -> ConfigDict:

@@ -31,16 +31,16 @@ def tiny():
 
 
 def countdown():
-    return _llada("countdown")
+    return _llada(common.published("countdown"))
 
 
 def math():
-    return _llada("math")
+    return _llada(common.published("math", reward="solved"))
 
 
 def _llada(task):
     return common.llada_8b(
-        common.published(task),
+        task,
         {"mdpo": term("mdpo", 1.0)},
         optimizer={"learning_rate": 7e-7},
         sampling={"length": 512, "steps": 128, "block_length": 128, "temperature": 0.4},

@@ -29,20 +29,20 @@ def tiny():
 
 
 def countdown():
-    return _llada("countdown")
+    return _llada(common.published("countdown"))
 
 
 def gsm8k():
-    return _llada("gsm8k")
+    return _llada(common.published("gsm8k", reward="solved"))
 
 
 def math():
-    return _llada("math")
+    return _llada(common.published("math", reward="solved"))
 
 
 def _llada(task):
     return common.llada_8b(
-        common.published(task),
+        task,
         {"trace_rl": term("trace_rl", 1.0)},
         optimizer={"learning_rate": 1e-6, "b2": 0.999, "weight_decay": 0.0, "clip_norm": 1.0},
         sampling={"length": 512, "steps": 512, "temperature": 0.8},

@@ -57,7 +57,8 @@ class Denoiser(NamedTuple):
     logits: Callable[..., Float[Array, "*lead vocab"]]
     """hidden [...,D] -> float32 [...,V]; the mask token's logit is -inf."""
     log_prob: Callable[..., Float[Array, "*lead labels"]]
-    """(hidden [...,D], labels [...,Z]) -> float32 log p [...,Z]; never materialises V."""
+    """(hidden [...,D], labels [...,Z], needed [...] or None) -> float32 log p [...,Z]; never
+    materialises V. Rows that are not `needed` may be left out: they give 0 or the truth."""
     mask_id: int
     eos_id: int
     heads: Mapping[str, Callable[..., Array]] = MappingProxyType({})

@@ -53,7 +53,7 @@ def product(table):
         masked = jnp.expand_dims(jnp.arange(table.shape[1]) == tiny.MASK, range(hidden.ndim - 1))
         return jnp.where(masked, -jnp.inf, hidden)
 
-    def log_prob(hidden, labels):
+    def log_prob(hidden, labels, needed=None):
         return jnp.take_along_axis(jax.nn.log_softmax(logits(hidden)), labels, axis=-1)
 
     return Denoiser(encode, logits, log_prob, tiny.MASK, tiny.NO_EOS)

@@ -180,7 +180,7 @@ def free_positions(theta, mask_id=M):
         masked = jnp.expand_dims(jnp.arange(theta.shape[1]) == mask_id, range(out.ndim - 1))
         return jnp.where(masked, -jnp.inf, out)
 
-    def log_prob(hidden, labels):
+    def log_prob(hidden, labels, needed=None):
         return jnp.take_along_axis(jax.nn.log_softmax(logits(hidden)), labels, axis=-1)
 
     return Denoiser(encode, logits, log_prob, mask_id, tiny.NO_EOS)

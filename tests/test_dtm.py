@@ -22,7 +22,7 @@ OUTCOMES = np.array(list(itertools.product(range(MASK), repeat=LENGTH)))
 def reading(logits, mask_id=MASK):
     """A denoiser that answers with these logits [B,S,V], whatever it is asked."""
 
-    def log_prob(hidden, labels):
+    def log_prob(hidden, labels, needed=None):
         return jnp.take_along_axis(jax.nn.log_softmax(hidden), labels, axis=-1)
 
     return Denoiser(lambda tokens, valid: logits, lambda hidden: hidden, log_prob, mask_id, -1)
@@ -91,7 +91,7 @@ def tabular(table):
         mask = jnp.expand_dims(jnp.arange(VOCAB) == MASK, range(hidden.ndim - 1))
         return jnp.where(mask, -jnp.inf, hidden)
 
-    def log_prob(hidden, labels):
+    def log_prob(hidden, labels, needed=None):
         return jnp.take_along_axis(jax.nn.log_softmax(logits(hidden)), labels, axis=-1)
 
     return Denoiser(encode, logits, log_prob, MASK, -1)

@@ -11,6 +11,7 @@ from test_programs import GROUP, KEY, MODEL, SAMPLING, behaviour, fresh, prompts
 from tiny import assert_close
 
 from dmrl import models, parallel, pieces
+from dmrl.models import logprob
 from dmrl.objective import make_term, needs
 from dmrl.programs import Programs
 from dmrl.types import Inner, Models
@@ -55,7 +56,8 @@ def prepared(name, options):
     trio = Models(policy, policy, reference)
     inner = Inner(jnp.int32(0), 1, KEY)
     batch = term.algorithm.prepare(trio, rollout, probes[0], KEY, inner, term.hyper)
-    return term, trio, batch, np.asarray(term.algorithm.idle(batch, term.hyper))
+    idle = getattr(term.algorithm, "idle", None)
+    return term, trio, batch, idle and np.asarray(idle(batch, term.hyper))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -74,6 +76,41 @@ def test_idle_items_have_no_gradient_and_only_they(name):
     found = [norm(jax.tree.map(lambda x, i=i: x[i : i + 1], batch)) for i in range(len(idle))]
     assert np.max(np.asarray(found)[idle]) < 1e-7
     assert np.min(np.asarray(found)[~idle]) > 1e-7
+
+
+READERS = METHODS | {
+    "sft": {},
+    "mdpo": {"beta": 0.1, "states": 2},
+    "trafl": {"group_size": GROUP, "log_z": "vargrad"},
+    "rspo": {},
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_positions_that_are_not_needed_are_never_read(name, monkeypatch):
+    """Neither by the loss nor by its gradient nor by what is scored before it."""
+    asked = []
+
+    def poisoned(hidden, kernel, labels, dropped, needed=None):
+        asked.append(needed)
+        true = real(hidden, kernel, labels, dropped)
+        return true if needed is None else jnp.where(needed[..., None], true, jnp.nan)
+
+    def gradient():
+        term, trio, batch, _ = prepared(name, READERS[name])
+
+        def value(params):
+            bound = trio._replace(policy=models.bind(MODEL, params))
+            return term.algorithm.loss(bound, batch, term.hyper)[0]
+
+        return jax.jit(jax.value_and_grad(value))(fresh(behaviour()))
+
+    real, want = logprob.log_prob, gradient()
+    monkeypatch.setattr(logprob, "log_prob", poisoned)
+    got = gradient()
+    assert asked
+    assert all(needed is not None for needed in asked)
+    assert_close(got, want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["diffu_grpo", "unigrpo", "cj_grpo", "igpo"])

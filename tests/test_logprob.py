@@ -135,3 +135,45 @@ def test_no_array_spans_the_vocabulary():
     assert f"[8,{vocab}]" in text  # the head itself
     assert f"[2,3,{vocab}]" not in text
     assert "[2,3,3328]" in text
+
+
+SHARES = {"none": 0.0, "one": 0.02, "half": 0.5, "all": 1.0}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("chunk", [64, 4096])
+def test_rows_that_are_not_needed_change_nothing(monkeypatch, chunk, share, dtype):
+    monkeypatch.setattr(logprob, "CHUNK", chunk)
+    monkeypatch.setattr(logprob, "TILE", 8)
+    hidden, kernel, labels = problem(384, 2, dtype, lead=(7, 9))
+    needed = jax.random.uniform(jax.random.key(5), labels.shape[:-1]) < SHARES[share]
+    weight = jax.random.normal(jax.random.key(1), labels.shape)
+
+    def value(hidden, kernel, needed):
+        log_p = logprob.log_prob(hidden, kernel, labels, DROPPED, needed)
+        used = jnp.where(chosen[..., None], log_p, 0.0)
+        return jnp.sum(weight * used), used
+
+    chosen = needed
+    gradient = jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True))
+    (_, want), want_grads = gradient(hidden, kernel, None)
+    (_, got), got_grads = gradient(hidden, kernel, needed)
+    tolerance = 2e-6 if dtype == "float32" else 0.02
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    for g, w in zip(got_grads, want_grads, strict=True):
+        g, w = g.astype(jnp.float32), w.astype(jnp.float32)
+        np.testing.assert_allclose(g, w, rtol=0, atol=tolerance * float(jnp.abs(w).max()))
+        assert share == "none" or float(jnp.abs(g).max()) > 0.1
+
+
+def test_rows_that_are_not_needed_cost_nothing(monkeypatch):
+    """The loops over tiles end where the needed rows do."""
+    monkeypatch.setattr(logprob, "TILE", 8)
+    labels = problem(384, 1, lead=(64,))[2]
+    tiles = logprob._Tiles(jnp.arange(64) % 16 == 3)
+    visited = jnp.zeros(64)
+    seen, total = tiles.visit(lambda own, x: (own + 1, jnp.sum(x)), visited, (jnp.ones(64),), 0.0)
+    assert int(tiles.count) == 1
+    assert float(total) == float(seen.sum()) == 8
+    np.testing.assert_array_equal(tiles.unpack(tiles.pack(labels))[3::16], labels[3::16])

@@ -1,5 +1,6 @@
 """Hostile programs: each scores 0, in time, and nothing outside changes."""
 
+import json
 import os
 import socket
 import threading
@@ -254,6 +255,20 @@ def test_reward_is_the_fraction_of_tests_and_the_format():
     assert task.score(ADD, "```python\n\ud800\n```")["reward"] == 0.0
     assert "assert add(1, 2) == 3" in task.prompt(ADD)
     assert "assert add(2, 2) == 4" not in task.prompt(ADD)
+
+
+@pytest.mark.parametrize("style", ["published", "compact"])
+def test_worked_programs_come_before_the_question(style, tmp_path):
+    row = {"text": "Add.", "code": "def add(a, b):\n    return a + b", "test_list": ["add(1, 2)"]}
+    lines = [json.dumps({**row, "text": f"Add, {i}."}) for i in range(5)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    options = {"allow_code": True, "style": style, "held_out_size": 1}
+    task = mbpp.Task(source=f"jsonl:{tmp_path}", shots=2, **options)
+    asked = task.prompt(ADD)
+    assert asked.endswith("Add two numbers.\n\nYour program must pass:\nassert add(1, 2) == 3\n")
+    train = {e.question for e in task.examples("train")}
+    assert sum(question in asked for question in train) == 2
+    assert asked.count("```python\ndef add(a, b):\n    return a + b\n```") == 2
 
 
 @needs_namespaces

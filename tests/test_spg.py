@@ -29,7 +29,7 @@ def table(log_prob):
         before = jnp.zeros((n * m, tokens.shape[1] - length))
         return jnp.concatenate([before, log_prob.reshape(n * m, length)], axis=1)[:, :, None]
 
-    def score(hidden, labels):
+    def score(hidden, labels, needed=None):
         return jnp.broadcast_to(hidden, labels.shape)
 
     return Denoiser(encode, lambda hidden: hidden, score, tiny.MASK, EOS)

@@ -120,3 +120,18 @@ def test_a_template_has_one_size():
         tasks.load("zebra", houses=(3, 4))
     with pytest.raises(ValueError, match=r"houses=.*3 <= first <= last <= 6"):
         tasks.load("zebra", houses=(2, 3))
+
+
+def test_worked_puzzles_are_of_train_and_right():
+    options = {"style": "published", "houses": (3, 3), "attributes": (3, 3)}
+    none = zebra.Task(held_out_size=2, **options)
+    two = zebra.Task(held_out_size=2, shots=2, train_size=5, **options)
+    example = two.examples("test")[0]
+    start, first, second = two.prompt(example).split("Question:\n")
+    assert none.prompt(example) == start + second.partition("</answer>\n\n")[2]
+    train = {none.prompt(e).removeprefix(start): e for e in two.examples("train")}
+    for piece in (first, second):
+        asked, _, told = piece.partition("\nAnswer:\n")
+        assert two.score(train[asked], told.partition("\n\n")[0])["solved"] == 1.0
+    with pytest.raises(ValueError, match="shots=2: prompts in style='compact' have no examples"):
+        zebra.Task(shots=2)

@@ -80,8 +80,8 @@ def couple(
 def estimate(denoiser: Denoiser, batch: Batch) -> Float[Array, "n 1 l"]:
     """l of every token, from three forwards in one batch; 0 where the token does not count."""
     prompt = jnp.repeat(batch.prompt[:, None], MASKINGS, axis=1)
-    scored = masks_log_prob(denoiser, prompt, batch.prompt_valid, batch.state, batch.labels)
     used = (batch.factor > 0) & (batch.weight > 0)
+    scored = masks_log_prob(denoiser, prompt, batch.prompt_valid, batch.state, batch.labels, used)
     terms = jnp.where(used, scored, 0.0) * batch.factor
     return jnp.sum(terms, axis=1, keepdims=True)
 

@@ -173,7 +173,7 @@ def loss(models: Models, batch: surrogate.Batch, hp: Hyper) -> tuple[Float[Array
     def of_step(x: Float[Array, "n l"]) -> Float[Array, " n"]:
         return jnp.sum(jnp.where(counted, x, 0.0), axis=-1) / (tokens if mean else 1)
 
-    log_prob = of_step(policy.log_prob(hidden, batch.labels[:, 0, :, None])[..., 0])
+    log_prob = of_step(policy.log_prob(hidden, batch.labels[:, 0, :, None], counted)[..., 0])
     old = jax.lax.stop_gradient(log_prob) if batch.old is None else of_step(batch.old[:, 0])
     rho, credit = jnp.exp(log_prob - old), batch.advantage[:, 0]
     objective = surrogate.clipped(log_prob - old, credit, hp.epsilon, hp.epsilon_high)

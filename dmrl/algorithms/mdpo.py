@@ -118,7 +118,8 @@ def prepare(
 def loss(models: Models, batch: surrogate.Batch, hp: Hyper) -> tuple[Float[Array, ""], Metrics]:
     """The equation above; `batch.weight` is 1 / #masked over the items of the whole batch."""
     policy, counted = tempered(models.policy, hp.temperature), batch.weight > 0
-    log_prob = jnp.where(counted, state_log_prob(policy, *batch[:4]), 0.0)
+    log_prob = state_log_prob(policy, *batch[:4], surrogate.needed(batch.weight))
+    log_prob = jnp.where(counted, log_prob, 0.0)
     old = jax.lax.stop_gradient(log_prob) if batch.old is None else batch.old
     confidence = jnp.exp(old)
     lam = batch.state.shape[1] / jnp.maximum(jnp.sum(counted, axis=-1, keepdims=True), 1)

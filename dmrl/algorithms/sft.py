@@ -90,8 +90,6 @@ def _both_masks(
 def loss(models: Models, batch: Batch, hp: Hyper) -> tuple[Float[Array, ""], Metrics]:
     """The equation above."""
     del hp
-    log_prob = state_log_prob(
-        models.policy, batch.prompt, batch.prompt_valid, batch.state, batch.labels
-    )
     counted = batch.weight > 0
+    log_prob = state_log_prob(models.policy, *batch[:4], jnp.any(counted, axis=1))
     return -jnp.sum(batch.weight * jnp.where(counted, log_prob, 0.0)), {}

@@ -157,7 +157,12 @@ def _unused(credit: Float[Array, " n"], hp: Hyper) -> Bool[Array, " n"]:
 def loss(models: Models, batch: Batch, hp: Hyper) -> tuple[Float[Array, ""], Metrics]:
     """The equations above; logs both bounds of what trains, in nats per token."""
     log_prob = likelihood.masks_log_prob(
-        models.policy, batch.prompt, batch.prompt_valid, batch.state, batch.labels
+        models.policy,
+        batch.prompt,
+        batch.prompt_valid,
+        batch.state,
+        batch.labels,
+        batch.inverse_t > 0,
     )
     lower, upper = likelihood.sandwich(log_prob, batch.inverse_t, batch.length, hp.eubo_beta)
     mix = likelihood.mixture(lower, upper, hp.omega)

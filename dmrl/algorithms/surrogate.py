@@ -73,6 +73,11 @@ def idle(
     return ~jnp.any(trained, axis=(1, 2))
 
 
+def needed(weight: Float[Array, "n z l"]) -> Bool[Array, "n l"]:
+    """Positions of which a label counts: only they pass through the vocabulary head."""
+    return jnp.any(weight > 0, axis=1)
+
+
 RATIO_LEVELS = ("token", "sequence")
 
 
@@ -117,7 +122,7 @@ def loss(
     policy: Denoiser, batch: Batch, epsilon: float | None, beta: float, ratio_level: str
 ) -> tuple[Float[Array, ""], Metrics]:
     """The `objective` of the log-probabilities of the batch's labels."""
-    log_prob = state_log_prob(policy, batch.prompt, batch.prompt_valid, batch.state, batch.labels)
+    log_prob = state_log_prob(policy, *batch[:4], needed(batch.weight))
     frozen = (batch.advantage, batch.weight, batch.old, batch.reference)
     return objective(log_prob, *frozen, epsilon, beta, ratio_level)
 
@@ -178,8 +183,8 @@ def with_frozen(
             return None
 
         def piece(cut: Batch) -> jax.Array:
-            args = (cut.prompt, cut.prompt_valid, cut.state, cut.labels)
-            return jnp.where(cut.weight > 0, state_log_prob(denoiser, *args), 0.0)
+            log_prob = state_log_prob(denoiser, *cut[:4], needed(cut.weight))
+            return jnp.where(cut.weight > 0, log_prob, 0.0)
 
         if pieces == 1:
             return piece(batch)

@@ -86,8 +86,7 @@ def loss(models: Models, batch: surrogate.Batch, hp: Hyper) -> tuple[Float[Array
 
     The metric "kl" is the mean over the tokens of a row.
     """
-    args = (batch.prompt, batch.prompt_valid, batch.state, batch.labels)
-    log_prob = state_log_prob(models.policy, *args)
+    log_prob = state_log_prob(models.policy, *batch[:4], surrogate.needed(batch.weight))
     targets = jnp.sum(batch.weight > 0, axis=-1, keepdims=True)
     frozen = (batch.advantage, batch.weight, batch.old, batch.old)
     return surrogate.objective(log_prob, *frozen, hp.epsilon, hp.beta * targets)

@@ -103,8 +103,6 @@ def idle(batch: Batch, hp: Hyper) -> Bool[Array, " n"]:
 def loss(models: Models, batch: Batch, hp: Hyper) -> tuple[Float[Array, ""], Metrics]:
     """The equation above."""
     del hp
-    log_prob = state_log_prob(
-        models.policy, batch.prompt, batch.prompt_valid, batch.state, batch.labels
-    )
+    log_prob = state_log_prob(models.policy, *batch[:4], jnp.any(batch.counted, axis=1))
     sequence = jnp.sum(jnp.where(batch.counted, log_prob, 0.0), axis=(1, 2))
     return -jnp.sum(batch.weight * sequence), {}

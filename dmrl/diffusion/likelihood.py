@@ -31,15 +31,16 @@ def state_log_prob(
     prompt_valid: Bool[Array, "n p"],
     state: Int[Array, "n l"],
     labels: Int[Array, "n z l"],
+    needed: Bool[Array, "n l"] | None = None,
 ) -> Float[Array, "n z l"]:
     """log p(labels_i | prompt, state) at every position i, float32, one forward for all Z.
 
     The mean-field estimate that diffu-GRPO (state all masked) and DiSPO (state half-filled)
     share. Meaningful where `state` is masked; elsewhere it is what the model predicts at a
-    position whose token it can see.
+    position whose token it can see. Positions that are not `needed` may be left out.
     """
     hidden = completion_hidden(denoiser, prompt, prompt_valid, state)
-    return jnp.moveaxis(denoiser.log_prob(hidden, jnp.moveaxis(labels, 1, -1)), -1, 1)
+    return jnp.moveaxis(denoiser.log_prob(hidden, jnp.moveaxis(labels, 1, -1), needed), -1, 1)
 
 
 def masks_log_prob(
@@ -48,10 +49,12 @@ def masks_log_prob(
     prompt_valid: Bool[Array, "n p"],
     state: Int[Array, "n m l"],
     labels: Int[Array, "n l"],
+    needed: Bool[Array, "n m l"] | None = None,
 ) -> Float[Array, "n m l"]:
     """log p(labels_i | prompt_m, state_m) under each of M maskings of one completion.
 
-    One forward a masking, all in one batch. Meaningful where `state` is masked.
+    One forward a masking, all in one batch. Meaningful where `state` is masked; positions that are
+    not `needed` may be left out.
     """
     n, m, length = state.shape
     log_prob = state_log_prob(
@@ -60,6 +63,7 @@ def masks_log_prob(
         jnp.repeat(prompt_valid, m, axis=0),
         state.reshape(n * m, length),
         jnp.repeat(labels, m, axis=0)[:, None],
+        None if needed is None else needed.reshape(n * m, length),
     )
     return log_prob.reshape(n, m, length)
 
@@ -102,7 +106,7 @@ def stratified_elbo(
         hidden = random_subset(fold_in(keys, number), scored[:, ::-1], count)[:, ::-1]
         seen = jnp.where(hidden, denoiser.mask_id, labels)
         states = denoiser.encode(jnp.concatenate([tokens[:, :-width], seen], axis=1), valid)
-        log_prob = denoiser.log_prob(states[:, -width:], labels[..., None])[..., 0]
+        log_prob = denoiser.log_prob(states[:, -width:], labels[..., None], hidden)[..., 0]
         weight = hidden * (total / jnp.maximum(count, 1))[:, None]
         return elbo(log_prob[:, None], weight[:, None])
 

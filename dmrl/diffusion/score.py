@@ -98,8 +98,11 @@ def score(denoiser: Denoiser, masked: Masked) -> Float[Array, "n m"]:
     prompt = jnp.broadcast_to(
         masked.prompt[:, None], (masked.prompt.shape[0], m, *masked.prompt.shape[1:])
     )
-    log_prob = masks_log_prob(denoiser, prompt, masked.prompt_valid, masked.state, masked.labels)
-    return jnp.sum(jnp.where(masked.weight > 0, log_prob, 0.0) * masked.weight, axis=-1)
+    used = masked.weight > 0
+    log_prob = masks_log_prob(
+        denoiser, prompt, masked.prompt_valid, masked.state, masked.labels, used
+    )
+    return jnp.sum(jnp.where(used, log_prob, 0.0) * masked.weight, axis=-1)
 
 
 def frozen_score(denoiser: Denoiser, masked: Masked) -> Float[Array, "n m"]:

@@ -65,9 +65,11 @@ def bind(cfg: Config, variables: Mapping[str, Any], keep_mask: bool = False) -> 
         return logprob.logits(hidden, head, dropped)
 
     def log_prob(
-        hidden: Float[Array, "*lead d"], labels: Int[Array, "*lead z"]
+        hidden: Float[Array, "*lead d"],
+        labels: Int[Array, "*lead z"],
+        needed: Bool[Array, "*lead"] | None = None,
     ) -> Float[Array, "*lead z"]:
-        return logprob.log_prob(hidden, head, labels, dropped)
+        return logprob.log_prob(hidden, head, labels, dropped, needed)
 
     ids = (cfg.mask_token_id, cfg.eos_token_id)
     learned = order if "order" in variables else None

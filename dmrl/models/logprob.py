@@ -6,6 +6,9 @@ recomputes each chunk's logits. All labels of a row share one pass: Z labels cos
 On a mesh every device walks the columns of the head that it holds, for all rows of its data
 group: hidden states are gathered (8 kB a row of LLaDA-8B), never the head (1 GB), and what is
 reduced over devices is a maximum, a sum and the labels' logits.
+
+Rows without a label that counts (revealed tokens, prompts, what follows EOS) can be left out: each
+device then sorts its rows and walks only the tiles that hold a needed one, forward and backward.
 """
 
 import functools
@@ -17,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dmrl.models.layers import BATCH_AXES, constrain, dot
 
@@ -25,6 +28,8 @@ CHUNK = 4096
 """Columns of the vocabulary held at a time. A vocabulary up to this size is one chunk."""
 SMALLEST = 512
 """Columns below which a chunk is not cut further for the rows that a device gathers."""
+TILE = 256
+"""Rows of a tile, where some rows are not needed."""
 HEAD_AXES = ("fsdp", "tensor")
 """Mesh axes over which the head's columns are cut (`dmrl.parallel.RULES`)."""
 
@@ -47,12 +52,11 @@ def _cut(rows: int, vocab: int) -> Cut:
     shape = jax.sharding.get_abstract_mesh().shape
 
     def size(axes: tuple[str, ...]) -> int:
-        return math.prod(shape[a] for a in axes)
+        return math.prod(shape.get(a, 1) for a in axes)
 
     columns = tuple(a for a in HEAD_AXES if shape.get(a, 1) > 1)
-    if size(columns) == 1 or vocab % size(columns):
-        return Cut()
-    cuts = [tuple(a for a in axes if shape[a] > 1) for axes in (BATCH_AXES, BATCH_AXES[:1], ())]
+    columns = columns if vocab % size(columns) == 0 else ()
+    cuts = [tuple(a for a in axes if size((a,)) > 1) for axes in (BATCH_AXES, BATCH_AXES[:1], ())]
     cut = next(axes for axes in cuts if rows % size(axes) == 0)
     gathered = tuple(a for a in cut if a in columns)
     return Cut(cut, columns, gathered, size(columns), size(gathered))
@@ -81,16 +85,25 @@ def log_prob(
     kernel: Float[Array, "d v"],
     labels: Int[Array, "*lead z"],
     dropped: int | None,
+    needed: Bool[Array, "*lead"] | None = None,
 ) -> Float[Array, "*lead z"]:
-    """log softmax(hidden @ kernel)[labels] in float32; -inf for the `dropped` token."""
+    """log softmax(hidden @ kernel)[labels] in float32; -inf for the `dropped` token.
+
+    With `needed` the other rows may cost nothing: what they give is 0 or the truth, and what they
+    are given back is no gradient.
+    """
     vocab = kernel.shape[1]
     cut = _cut(hidden.shape[0] if hidden.ndim > 1 else 1, vocab)
     if not cut.columns and vocab <= CHUNK:
         rows = logits(hidden, kernel, dropped)
         picked = jnp.take_along_axis(rows, labels, axis=-1)
         return picked - jax.nn.logsumexp(rows, axis=-1, keepdims=True)
+    if math.prod(hidden.shape[:-1]) <= TILE:
+        needed = None
+    if needed is None and not cut.columns:
+        cut = Cut()
     chunk = chunk_size(vocab // cut.shards, max(CHUNK // cut.pieces, min(CHUNK, SMALLEST)))
-    return _chunked(cut, chunk, dropped, hidden, kernel, labels)
+    return _chunked(cut, chunk, dropped, hidden, kernel, labels, needed)
 
 
 def chunk_size(vocab: int, most: int | None = None) -> int:
@@ -106,21 +119,25 @@ def chunk_size(vocab: int, most: int | None = None) -> int:
 
 def _mapped(cut: Cut, f: Callable[..., Any], reads: str, writes: str) -> Callable[..., Any]:
     """`f` on every device's own share of rows ('r') and of the head's columns ('c')."""
-    if not cut.columns:
+    if not cut.columns and not cut.rows:
         return f
     specs = {
         "r": PartitionSpec(cut.rows or None),
-        "c": PartitionSpec(None, cut.columns),
+        "c": PartitionSpec(None, cut.columns or None),
     }
     ins, outs = (tuple(specs[kind] for kind in kinds) for kinds in (reads, writes))
     return jax.shard_map(f, in_specs=ins, out_specs=outs, check_vma=False)
 
 
-def _whole(cut: Cut, *rows: jax.Array) -> tuple[jax.Array, ...]:
-    """The rows of all devices that share columns with this one."""
+def _whole(cut: Cut, *rows: Any) -> tuple[Any, ...]:
+    """The rows of all devices that share columns with this one; None stays None."""
     if not cut.gathered:
         return rows
-    return tuple(jax.lax.all_gather(x, cut.gathered, axis=0, tiled=True) for x in rows)
+
+    def gathered(x: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(x, cut.gathered, axis=0, tiled=True)
+
+    return jax.tree.map(gathered, rows)
 
 
 def _own(cut: Cut, x: jax.Array) -> jax.Array:
@@ -137,19 +154,64 @@ def _first_column(cut: Cut, width: int) -> jax.Array | int:
 
 def _column_chunk(
     hidden: jax.Array,
-    kernel: jax.Array,
-    start: jax.Array,
+    columns: jax.Array,
     first: jax.Array | int,
-    chunk: int,
     dropped: int | None,
-) -> tuple[jax.Array, jax.Array]:
-    """The chunk's columns of the kernel and its logits [...,chunk]."""
-    columns = jax.lax.dynamic_slice_in_dim(kernel, start, chunk, axis=1)
+) -> jax.Array:
+    """Logits [...,chunk] of columns of the kernel that begin at token `first`."""
     part = dot(hidden, columns, jnp.float32)
     if dropped is not None:
-        here = first + start + jnp.arange(chunk) == dropped
+        here = first + jnp.arange(columns.shape[1]) == dropped
         part = jnp.where(jnp.expand_dims(here, range(part.ndim - 1)), -jnp.inf, part)
-    return columns, part
+    return part
+
+
+class _Tiles:
+    """The rows of a device: all as they are or, with `needed`, these alone and sorted to the front.
+
+    `pack` and `unpack` go from the one order to the other.
+    """
+
+    def __init__(self, needed: jax.Array | None):
+        self.needed = needed
+        if needed is not None:
+            flat = needed.reshape(-1)
+            self.spare = -flat.shape[0] % TILE
+            self.order = jnp.argsort(~flat, stable=True)
+            self.count = (jnp.sum(flat) + TILE - 1) // TILE
+
+    def pack(self, x: jax.Array) -> jax.Array:
+        """[*lead, ...] -> [rows, ...], padded to whole tiles."""
+        if self.needed is None:
+            return x
+        flat = x.reshape(-1, *x.shape[self.needed.ndim :])[self.order]
+        return jnp.pad(flat, [(0, self.spare), *[(0, 0)] * (flat.ndim - 1)])
+
+    def unpack(self, x: jax.Array) -> jax.Array:
+        """The inverse; 0 where a row was not needed."""
+        if self.needed is None:
+            return x
+        rows = x[: self.order.shape[0]]
+        back = jnp.zeros_like(rows).at[self.order].set(rows, unique_indices=True)
+        back = back.reshape(*self.needed.shape, *x.shape[1:])
+        return jnp.where(jnp.expand_dims(self.needed, range(self.needed.ndim, back.ndim)), back, 0)
+
+    def visit(self, f: Callable[..., tuple[Any, Any]], own: Any, rows: Any, total: Any) -> Any:
+        """(own, total) after `own, more = f(own, *rows)` of every tile; `total` adds up `more`."""
+        if self.needed is None:
+            return f(own, *rows)
+
+        def tile(number: jax.Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+            def cut(x: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_slice_in_dim(x, number * TILE, TILE)
+
+            def put(x: jax.Array, new: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_update_slice_in_dim(x, new, number * TILE, axis=0)
+
+            new, more = f(jax.tree.map(cut, state[0]), *jax.tree.map(cut, rows))
+            return jax.tree.map(put, state[0], new), jax.tree.map(jnp.add, state[1], more)
+
+        return jax.lax.fori_loop(0, self.count, tile, (own, total))
 
 
 def _forward(
@@ -159,31 +221,40 @@ def _forward(
     hidden: jax.Array,
     kernel: jax.Array,
     labels: jax.Array,
+    needed: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(log-probabilities, log Z) of a device's rows, from its columns and everyone's."""
-    hidden, labels = _whole(cut, hidden, labels)
-    first = _first_column(cut, kernel.shape[1])
+    hidden, labels, needed = _whole(cut, hidden, labels, needed)
+    tiles = _Tiles(needed)
+    rows, first = (tiles.pack(hidden), tiles.pack(labels)), _first_column(cut, kernel.shape[1])
 
     def step(carry, start):
-        high, total, picked = carry
-        _, part = _column_chunk(hidden, kernel, start, first, chunk, dropped)
-        new_high = jnp.maximum(high, jnp.max(part, -1))
-        total = total * jnp.exp(high - new_high) + jnp.sum(jnp.exp(part - new_high[..., None]), -1)
-        local = labels - first - start
-        inside = (local >= 0) & (local < chunk)
-        value = jnp.take_along_axis(part, jnp.clip(local, 0, chunk - 1), axis=-1)
-        return (new_high, total, jnp.where(inside, value, picked)), None
+        columns = jax.lax.dynamic_slice_in_dim(kernel, start, chunk, axis=1)
 
-    zero = jnp.zeros(hidden.shape[:-1], jnp.float32)
-    carry = (jnp.full_like(zero, -1e30), zero, jnp.zeros(labels.shape, jnp.float32))
+        def update(own, hidden, labels):
+            high, total, picked = own
+            part = _column_chunk(hidden, columns, first + start, dropped)
+            new_high = jnp.maximum(high, jnp.max(part, -1))
+            more = jnp.sum(jnp.exp(part - new_high[..., None]), -1)
+            local = labels - first - start
+            inside = (local >= 0) & (local < chunk)
+            value = jnp.take_along_axis(part, jnp.clip(local, 0, chunk - 1), axis=-1)
+            total = total * jnp.exp(high - new_high) + more
+            return (new_high, total, jnp.where(inside, value, picked)), ()
+
+        return tiles.visit(update, carry, rows, ())[0], None
+
+    zero = jnp.zeros(rows[0].shape[:-1], jnp.float32)
+    carry = (jnp.full_like(zero, -1e30), zero, jnp.zeros(rows[1].shape, jnp.float32))
     starts = jnp.arange(0, kernel.shape[1], chunk)
     (high, total, picked), _ = jax.lax.scan(step, carry, starts)
     if cut.columns:
         highest = jax.lax.pmax(high, cut.columns)
         total = jax.lax.psum(total * jnp.exp(high - highest), cut.columns)
         high, picked = highest, jax.lax.psum(picked, cut.columns)
-    log_z = _own(cut, high + jnp.log(total))
-    return _own(cut, picked) - log_z[..., None], log_z
+    log_z = high + jnp.log(total)
+    out, log_z = tiles.unpack(picked - log_z[..., None]), tiles.unpack(log_z)
+    return _own(cut, out), _own(cut, log_z)
 
 
 def _backward(
@@ -195,28 +266,42 @@ def _backward(
     labels: jax.Array,
     log_z: jax.Array,
     cotangent: jax.Array,
+    needed: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of a device's rows and of its columns."""
-    hidden, labels, log_z, cotangent = _whole(cut, hidden, labels, log_z, cotangent)
-    first = _first_column(cut, kernel.shape[1])
-    sums = jnp.sum(cotangent, -1, keepdims=True)
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    hidden, labels, log_z, cotangent, needed = _whole(cut, hidden, labels, log_z, cotangent, needed)
+    if needed is not None:  # a last tile has rows whose log Z is unknown: no probability is theirs
+        log_z = jnp.where(needed, log_z, 1e30)
+        cotangent = jnp.where(needed[..., None], cotangent, 0)
+    tiles, first = _Tiles(needed), _first_column(cut, kernel.shape[1])
+    packed = tuple(tiles.pack(x) for x in (hidden, labels, log_z, cotangent))
 
-    def step(d_hidden, start):
-        columns, part = _column_chunk(hidden, kernel, start, first, chunk, dropped)
-        d_part = -sums * jnp.exp(part - log_z[..., None])
-        local = labels - first - start
-        for z in range(labels.shape[-1]):  # Z is small; a one-hot over Z would be Z chunks wide
-            hit = local[..., z : z + 1] == jnp.expand_dims(jnp.arange(chunk), range(local.ndim - 1))
-            d_part += jnp.where(hit, cotangent[..., z : z + 1], 0.0)
-        d_part = d_part.astype(hidden.dtype)
-        d_hidden += dot(d_part, columns.T, jnp.float32)
-        d_columns = dot(rows.T, d_part.reshape(-1, chunk), jnp.float32)
-        return d_hidden, d_columns.astype(kernel.dtype)
+    def step(carry, start):
+        d_hidden, d_kernel = carry
+        columns = jax.lax.dynamic_slice_in_dim(kernel, start, chunk, axis=1)
 
-    starts = jnp.arange(0, kernel.shape[1], chunk)
-    d_hidden, d_kernel = jax.lax.scan(step, jnp.zeros(hidden.shape, jnp.float32), starts)
-    d_kernel = jnp.moveaxis(d_kernel, 0, 1).reshape(kernel.shape)
+        def update(d_hidden, hidden, labels, log_z, cotangent):
+            part = _column_chunk(hidden, columns, first + start, dropped)
+            d_part = -jnp.sum(cotangent, -1, keepdims=True) * jnp.exp(part - log_z[..., None])
+            local = labels - first - start
+            for z in range(labels.shape[-1]):  # Z is small; a one-hot over Z is Z chunks wide
+                places = jnp.expand_dims(jnp.arange(chunk), range(local.ndim - 1))
+                d_part += jnp.where(local[..., z : z + 1] == places, cotangent[..., z : z + 1], 0.0)
+            d_part = d_part.astype(hidden.dtype)
+            d_hidden += dot(d_part, columns.T, jnp.float32)
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            return d_hidden, dot(rows.T, d_part.reshape(-1, chunk), jnp.float32)
+
+        nothing = jnp.zeros(columns.shape, jnp.float32)
+        d_hidden, d_columns = tiles.visit(update, d_hidden, packed, nothing)
+        d_columns = d_columns.astype(kernel.dtype)
+        # Into place: stacking the chunks would take the head's size twice.
+        d_kernel = jax.lax.dynamic_update_slice_in_dim(d_kernel, d_columns, start, axis=1)
+        return (d_hidden, d_kernel), None
+
+    carry = (jnp.zeros(packed[0].shape, jnp.float32), jnp.zeros_like(kernel))
+    (d_hidden, d_kernel), _ = jax.lax.scan(step, carry, jnp.arange(0, kernel.shape[1], chunk))
+    d_hidden = tiles.unpack(d_hidden)
     if cut.gathered:
         d_hidden = jax.lax.psum_scatter(d_hidden, cut.gathered, scatter_dimension=0, tiled=True)
     if rest := tuple(a for a in cut.columns if a not in cut.gathered):
@@ -234,20 +319,24 @@ def _chunked(
     hidden: jax.Array,
     kernel: jax.Array,
     labels: jax.Array,
+    needed: jax.Array | None,
 ) -> jax.Array:
-    return _chunked_fwd(cut, chunk, dropped, hidden, kernel, labels)[0]
+    return _chunked_fwd(cut, chunk, dropped, hidden, kernel, labels, needed)[0]
 
 
-def _chunked_fwd(cut, chunk, dropped, hidden, kernel, labels):
-    forward = _mapped(cut, functools.partial(_forward, cut, chunk, dropped), "rcr", "rr")
-    out, log_z = forward(hidden, kernel, labels)
-    return out, (hidden, kernel, labels, log_z)
+def _chunked_fwd(cut, chunk, dropped, hidden, kernel, labels, needed):
+    more = () if needed is None else (needed,)
+    run = functools.partial(_forward, cut, chunk, dropped)
+    out, log_z = _mapped(cut, run, "rcr" + "r" * len(more), "rr")(hidden, kernel, labels, *more)
+    return out, (hidden, kernel, labels, log_z, more)
 
 
 def _chunked_bwd(cut, chunk, dropped, residuals, cotangent):
-    backward = _mapped(cut, functools.partial(_backward, cut, chunk, dropped), "rcrrr", "rc")
-    d_hidden, d_kernel = backward(*residuals, cotangent)
-    return d_hidden, d_kernel, np.zeros(residuals[2].shape, jax.dtypes.float0)
+    *args, more = residuals
+    run = functools.partial(_backward, cut, chunk, dropped)
+    backward = _mapped(cut, run, "rcrrr" + "r" * len(more), "rc")
+    none = [np.zeros(x.shape, jax.dtypes.float0) for x in (args[2], *more)]
+    return *backward(*args, cotangent, *more), none[0], none[1] if more else None
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)

@@ -5,7 +5,6 @@ wrong one and 1 for a right one.
 """
 
 import ast
-import itertools
 import re
 import zlib
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dmrl.tasks import latex, parsers
+from dmrl.tasks import latex, parsers, traces
 from dmrl.tasks.answers import (
     BOXED_FORMAT,
     FORMAT,
@@ -209,7 +208,7 @@ class Task:
             return f"<answer>\n\\boxed{{{example.solution}}}\n</answer>"
         return f"<answer>\n{example.solution}\n</answer>"
 
-    def trace(self, example: Example) -> list[tuple[str, bool]] | None:
+    def trace(self, example: Example) -> traces.Pieces | None:
         """Reasoning that works the known expression out, which may be given away, and the answer.
 
         A line that holds the whole expression may not (that of a puzzle of two numbers). None
@@ -221,11 +220,7 @@ class Task:
         lines = [("<reasoning>\n", True)]
         lines += [(f"{line}\n", example.solution not in line) for line in _worked(example.solution)]
         lines.append(("</reasoning>\n", True))
-        pieces = [
-            ("".join(text for text, _ in run), allowed)
-            for allowed, run in itertools.groupby(lines, key=lambda line: line[1])
-        ]
-        return [*pieces, (answer, False)]
+        return [*traces.merged(lines), (answer, False)]
 
     def score(self, example: Example, completion: str) -> dict[str, float]:
         """The published reward and its parts.

@@ -11,17 +11,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from dmrl.tasks import equality, latex, parsers, problems, tags
-from dmrl.tasks.answers import PROTOCOLS, FreeText, answer_or_box, finished, rendered
-from dmrl.tasks.options import (
-    at_least,
-    divided,
-    equality_rule,
-    one_of,
-    rows,
-    shots_of,
-    source_of_rows,
-)
+from dmrl.tasks import equality, latex, parsers, problems, tags, traces
+from dmrl.tasks.answers import answer_or_box, finished, rendered
+from dmrl.tasks.mathematics import Mathematics
+from dmrl.tasks.options import divided, rows, shots_of
 
 _INSTRUCTION = "You are a math expert. You will be given a question to solve. Solve it step by \
 step. Wrap the final answer in a \\boxed{}. "
@@ -48,49 +41,14 @@ class Example(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Task(FreeText):
-    """GSM8K.
+class Task(Mathematics):
+    """GSM8K; files gsm8k/train.jsonl and test.jsonl, with fields question and answer.
 
     Splits:
       train, validation: the published training questions; `held_out_size` of them, drawn by
         `split_seed`, are validation and the rest is train.
       test: the published test questions, all 1,319.
     """
-
-    style: str = "published"
-    """'published': d1's training prompt and format. 'evaluation': d1's evaluation prompt,
-    which asks for a box within the answer. 'compact': the bare question; the completion is the
-    data set's own, a worked solution and the answer behind `####`."""
-    protocol: str = "paper"
-    """How completions are read and rewarded. 'paper': as the papers describe it; text behind
-    the end of the turn does not count, reasoning may have several lines, and an answer is a
-    number however it is written. 'd1', 'spg': exactly as by the authors' reward file, and
-    `solved` as by their evaluation script (see docs/protocol.md)."""
-    equality: str = "verify"
-    """What makes `solved` under 'paper' where an answer is a formula: 'verify', math-verify
-    (extra `eval`), or 'string', its last number."""
-    shots: int = 0
-    """Worked examples in the prompt, from train."""
-    split_seed: int = 0
-    """Draws validation and the worked examples."""
-    held_out_size: int = 512
-    """Questions in 'validation'."""
-    source: str = "published"
-    """'published': the files below `data_dir`. 'easy': generated questions for small models,
-    which say nothing about the published ones (`dmrl.tasks.problems`). Or `jsonl:PATH`,
-    `hf:NAME[/CONFIG][:SPLIT]`, `tfds:NAME` (see `dmrl.sources`), with the same fields."""
-    data_dir: str | None = None
-    """Directory holding gsm8k/train.jsonl and test.jsonl, with fields question and answer;
-    default $DMRL_DATA."""
-
-    def __post_init__(self) -> None:
-        one_of("style", self.style, ("published", "evaluation", "compact"))
-        one_of("protocol", self.protocol, PROTOCOLS)
-        equality_rule(self.equality, self.protocol)
-        source_of_rows(self.source, "published", "easy")
-        at_least("shots", self.shots, 0)
-        at_least("split_seed", self.split_seed, 0)
-        at_least("held_out_size", self.held_out_size, 1)
 
     @property
     def published(self) -> str:
@@ -132,10 +90,6 @@ class Task(FreeText):
         instruction = _INSTRUCTION if self.style == "evaluation" else ""
         return rendered(self.style, instruction, example.question, shots)
 
-    def template(self, example: Example) -> str | None:
-        """None: the model fills every position."""
-        return None
-
     def answer(self, example: Example) -> str:
         """The worked solution and the answer, as the style asks for them."""
         if self.style == "compact":
@@ -144,12 +98,15 @@ class Task(FreeText):
         reasoning = f"<reasoning>\n{example.solution}\n</reasoning>\n"
         return f"{reasoning}<answer>\n{told}\n</answer>\n"
 
+    def trace(self, example: Example) -> traces.Pieces | None:
+        """The answer in pieces; what reasons up to the number may be given away."""
+        return traces.around(self.answer(example), example.solution, example.answer)
+
     def score(self, example: Example, completion: str) -> dict[str, float]:
         """The published reward, its parts and both verdicts.
 
         Returns:
-          reward: correct + xml + soft + strict + integer, at most 4; in the compact style 1.0
-            if solved, else 0.0.
+          reward: correct + xml + soft + strict + integer, at most 4, or `solved`.
           correct: 2.0 for the right answer: under 'paper' if solved, else if the text of the
             answer is the digits of the true one.
           xml: at most 0.5 for tags on lines of their own, less for text behind them.
@@ -174,7 +131,7 @@ class Task(FreeText):
         right = number if self.protocol == "paper" else string
         reward = 2.0 * right + sum(parts.values())
         return {
-            "reward": float(number) if self.style == "compact" else reward,
+            "reward": self.chosen(reward, float(number)),
             "correct": 2.0 * right,
             **parts,
             "solved": float(number),

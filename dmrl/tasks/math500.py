@@ -8,16 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dmrl.tasks import equality, latex, parsers, problems
-from dmrl.tasks.answers import PROTOCOLS, FreeText, answer_or_box, finished, open_answer, rendered
-from dmrl.tasks.options import (
-    at_least,
-    divided,
-    equality_rule,
-    one_of,
-    shots_of,
-    source_of_rows,
-)
+from dmrl.tasks import equality, latex, parsers, problems, traces
+from dmrl.tasks.answers import answer_or_box, finished, open_answer, rendered
+from dmrl.tasks.mathematics import Mathematics
+from dmrl.tasks.options import divided, shots_of
 
 _INSTRUCTION = "You are a math expert. You will be given a question to solve. Solve it step by \
 step. Wrap the final answer in a \\boxed{}. "
@@ -35,49 +29,15 @@ class Example(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Task(FreeText):
-    """MATH.
+class Task(Mathematics):
+    """MATH; files math500/train.jsonl and test.jsonl, with fields problem (or prompt), answer and
+    solution (one of these two may be missing).
 
     Splits:
       train, validation: the rows of math500/train.jsonl; `held_out_size` of them, drawn by
         `split_seed`, are validation and the rest is train.
       test: the 500 problems of MATH-500.
     """
-
-    style: str = "published"
-    r"""'published': d1's training prompt and format. 'evaluation': d1's evaluation prompt,
-    which shows the box in the format. 'compact': the bare problem; the completion is a worked
-    solution with its answer in a box, as in the data."""
-    protocol: str = "paper"
-    r"""How completions are read and rewarded. 'paper': as the papers describe it; text behind
-    the end of the turn does not count, and a box is `\boxed`. 'd1', 'spg': exactly as by the
-    authors' reward file, which looks for a backspace and `oxed`, and `solved` as by their
-    evaluation script (see docs/protocol.md)."""
-    equality: str = "verify"
-    """What makes `solved` under 'paper': 'verify', the string rule or math-verify (extra
-    `eval`), or 'string', the string rule alone, which knows spellings but no mathematics."""
-    shots: int = 0
-    """Worked examples in the prompt, from train."""
-    split_seed: int = 0
-    """Draws validation and the worked examples."""
-    held_out_size: int = 512
-    """Problems in 'validation'."""
-    source: str = "published"
-    """'published': the files below `data_dir`. 'easy': generated problems for small models,
-    which say nothing about the published ones (`dmrl.tasks.problems`). Or `jsonl:PATH`,
-    `hf:NAME[/CONFIG][:SPLIT]`, `tfds:NAME` (see `dmrl.sources`), with the same fields."""
-    data_dir: str | None = None
-    """Directory holding math500/train.jsonl and test.jsonl, with fields problem (or prompt),
-    answer and solution (one of them may be missing); default $DMRL_DATA."""
-
-    def __post_init__(self) -> None:
-        one_of("style", self.style, ("published", "evaluation", "compact"))
-        one_of("protocol", self.protocol, PROTOCOLS)
-        equality_rule(self.equality, self.protocol)
-        source_of_rows(self.source, "published", "easy")
-        at_least("shots", self.shots, 0)
-        at_least("split_seed", self.split_seed, 0)
-        at_least("held_out_size", self.held_out_size, 1)
 
     @property
     def published(self) -> str:
@@ -110,10 +70,6 @@ class Task(FreeText):
         shots = [(e.question, self.answer(e)) for e in shots_of(self, self.shots, self.split_seed)]
         return rendered(self.style, _INSTRUCTION, example.question, shots)
 
-    def template(self, example: Example) -> str | None:
-        """None: the model fills every position."""
-        return None
-
     def answer(self, example: Example) -> str:
         """The worked solution and the boxed answer, as the style asks for them."""
         box = rf"\boxed{{{example.answer}}}"
@@ -121,11 +77,15 @@ class Task(FreeText):
             return example.solution if latex.has_box(example.solution) else box
         return f"<reasoning>\n{example.solution}\n</reasoning>\n<answer>\n{box}\n</answer>\n"
 
+    def trace(self, example: Example) -> traces.Pieces | None:
+        """The answer in pieces; what reasons up to the box may be given away."""
+        return traces.around(self.answer(example), example.solution, example.answer)
+
     def score(self, example: Example, completion: str) -> dict[str, float]:
         r"""The published reward, its parts and both verdicts.
 
         Returns:
-          reward: correct + format, at most 3; in the compact style 1.0 if solved, else 0.0.
+          reward: correct + format, at most 3, or `solved`.
           correct: 2.0 for the right answer: under 'paper' if solved, else by the string rule
             on the last box.
           format: 0.5 for an `<answer>`, and 0.5 for a box in it (0.25 without).
@@ -148,7 +108,7 @@ class Task(FreeText):
             right = latex.same(completion if rewarded is None else rewarded, example.answer)
         reward = 2.0 * right + form
         return {
-            "reward": float(solved) if self.style == "compact" else reward,
+            "reward": self.chosen(reward, float(solved)),
             "correct": 2.0 * right,
             "format": form,
             "solved": float(solved),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from dmrl import sandbox
 from dmrl.tasks import programs
 from dmrl.tasks.answers import FreeText
-from dmrl.tasks.options import at_least, divided, one_of, source_of_rows
+from dmrl.tasks.options import at_least, divided, one_of, shots_of, source_of_rows
 
 
 class Example(NamedTuple):
@@ -46,6 +46,8 @@ class Task(FreeText):
     """Of the files, below `data_dir`."""
     shown: int = 1
     """Tests that the prompt shows, as in MBPP's own prompts, which show all three."""
+    shots: int = 0
+    """Worked problems in the prompt, from train."""
     seconds: float = 5.0
     """Wall-clock time of a program with its tests; near it, verdicts depend on the machine."""
     memory: int = 1 << 30
@@ -68,6 +70,7 @@ class Task(FreeText):
         one_of("confinement", self.confinement, sandbox.CONFINEMENTS)
         source_of_rows(self.source, "published")
         at_least("shown", self.shown, 0)
+        at_least("shots", self.shots, 0)
         at_least("split_seed", self.split_seed, 0)
         at_least("held_out_size", self.held_out_size, 1)
 
@@ -87,10 +90,15 @@ class Task(FreeText):
         return divided(self, split, _example)
 
     def prompt(self, example: Example) -> str:
-        """The description and the tests that are shown."""
+        """The description and the tests that are shown, after worked problems."""
+        worked = shots_of(self, self.shots, self.split_seed)
+        shots = [(self._asked(shot), shot.solution) for shot in worked]
+        return programs.prompt(self.style, self._asked(example), shots)
+
+    def _asked(self, example: Example) -> str:
         shown = "\n".join(example.checks[: self.shown])
         tests = f"\n\nYour program must pass:\n{shown}" if shown else ""
-        return programs.prompt(self.style, f"{example.question}{tests}\n")
+        return f"{example.question}{tests}\n"
 
     def template(self, example: Example) -> str | None:
         """None: the model fills every position."""

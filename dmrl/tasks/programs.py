@@ -6,6 +6,7 @@ or sys; here the sandbox shuts programs in, so that none has to be refused.
 """
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from dmrl import sandbox
@@ -48,9 +49,16 @@ def _first_fence(text: str) -> str | None:
     return code if closing else None
 
 
-def prompt(style: str, question: str) -> str:
-    """The user's turn: the bare question, or with d1's format."""
-    return question if style == "compact" else f"{FORMAT}\n\n{INSTRUCTION}\n\n{question}"
+def prompt(style: str, question: str, shots: Sequence[tuple[str, str]] = ()) -> str:
+    """The user's turn: the question, in the published style with d1's format.
+
+    Args:
+      shots: worked examples that come before it, (question, program).
+    """
+    told = "".join(f"{asked}\n{answer(style, code)}\n\n" for asked, code in shots)
+    if style == "compact":
+        return told + question
+    return f"{FORMAT}\n\n{INSTRUCTION}\n\n{told}{question}"
 
 
 def answer(style: str, code: str) -> str:

@@ -8,12 +8,12 @@ Longer than other files: the clues, the search that proves a puzzle unique and t
 each kind of clue are one table of kinds read three ways.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from dmrl.tasks import BLANK
 from dmrl.tasks.answers import FORMAT, TEXT, finished, last_answer
-from dmrl.tasks.options import at_least, divided, one_of, source_of_rows, span
+from dmrl.tasks.options import at_least, divided, one_of, shots_of, source_of_rows, span
 
 ATTRIBUTES = {
     "color": ("red", "green", "blue", "white", "yellow", "black"),
@@ -67,7 +67,7 @@ class Example(NamedTuple):
     grid: tuple[tuple[int, ...], ...]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Task:
     """Zebra puzzles.
 
@@ -84,6 +84,8 @@ class Task:
     """Fewest and most houses, 3 to 6, all numbers equally frequent; one size if compact."""
     attributes: Sequence[int] = (3, 3)
     """Fewest and most attributes, 3 to 5, likewise."""
+    shots: int = 0
+    """Worked puzzles in the published prompt, of the same sizes and of train."""
     split_seed: int = 0
     """Divides the puzzles between the splits and draws them."""
     train_size: int = 1000
@@ -107,6 +109,9 @@ class Task:
                     f"needs one size, e.g. {name}=({last}, {last})"
                 )
         source_of_rows(self.source, "generated")
+        at_least("shots", self.shots, 0)
+        if self.shots and self.style == "compact":
+            raise ValueError(f"shots={self.shots}: prompts in style='compact' have no examples")
         at_least("split_seed", self.split_seed, 0)
         at_least("train_size", self.train_size, 1)
         at_least("held_out_size", self.held_out_size, 1)
@@ -159,16 +164,20 @@ class Task:
         return list(found.values())
 
     def prompt(self, example: Example) -> str:
-        """The clues, in letters or in sentences."""
-        rows = len(example.grid)
+        """The clues, in letters or in sentences, after worked puzzles."""
         if self.style == "compact":
             return f"{example.houses}{''.join(';' + _letters(c) for c in example.clues)}:"
-        attributes = "\n".join(
-            f"- {name}: {', '.join(ATTRIBUTES[name][: example.houses])}" for name in _NAMES[:rows]
+        shots = "".join(
+            f"Question:\n{_asked(shot)}\nAnswer:\n{self.answer(shot)}\n\n" for shot in self._shots()
         )
-        clues = "\n".join(f"{i}. {_sentence(c)}" for i, c in enumerate(example.clues, 1))
-        text = _PROMPT.format(houses=example.houses, attributes=attributes, clues=clues)
-        return f"{FORMAT}\n{text}"
+        return f"{FORMAT}\n{shots}{_asked(example)}"
+
+    def _shots(self) -> list[Example]:
+        if not self.shots:
+            return []
+        drawn = self.source == "generated"  # the first ones, without drawing the others
+        task = dataclasses.replace(self, train_size=self.shots) if drawn else self
+        return shots_of(task, self.shots, self.split_seed)
 
     def template(self, example: Example) -> str | None:
         """The empty grid; None in the published style."""
@@ -229,6 +238,16 @@ class Task:
             [_value(name, value) for value in told.get(name, [])[: example.houses]]
             for name in _NAMES[:count]
         ]
+
+
+def _asked(example: Example) -> str:
+    """The published wording."""
+    attributes = "\n".join(
+        f"- {name}: {', '.join(ATTRIBUTES[name][: example.houses])}"
+        for name in _NAMES[: len(example.grid)]
+    )
+    clues = "\n".join(f"{i}. {_sentence(c)}" for i, c in enumerate(example.clues, 1))
+    return _PROMPT.format(houses=example.houses, attributes=attributes, clues=clues)
 
 
 def _example(row: dict[str, Any]) -> Example:

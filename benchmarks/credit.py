@@ -1,6 +1,6 @@
 """How much of one update's gradient is signal, for every method at the same policy.
 
-    python benchmarks/signal.py --start=runs/methods/warm_start-0 [--batches=48]
+    python benchmarks/credit.py --start=runs/methods/warm_start-0 [--batches=48]
 
 Takes the policy that a finished warm start left, draws that many independent outer steps of 64
 prompts x 4 completions for each method's `tiny` preset, and looks at the gradients g_1..g_n that
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT / "benchmarks"]
 sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402

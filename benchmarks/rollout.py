@@ -24,7 +24,9 @@ from absl import app, flags  # noqa: E402
 from benchmarks import peer, timing  # noqa: E402
 from benchmarks.shapes import SHAPES, T0, Shape  # noqa: E402
 from dmrl import cost, models  # noqa: E402
+from dmrl.diffusion import refill  # noqa: E402
 from dmrl.diffusion.sampler import Sampling, sample  # noqa: E402
+from dmrl.types import Denoiser  # noqa: E402
 
 _SHAPES = flags.DEFINE_list("shapes", ["T0", "T1"], "Which shapes")
 _STEPS = flags.DEFINE_integer("timed_steps", 8, "Denoising steps of T1 that are timed")
@@ -34,6 +36,8 @@ GOALS = {"T0": 2.0, "T1": 8.0}
 GROUP = 6
 LENGTHS = (64, 128, 256, 512)
 SIZES = (6, 8, 12, 16)
+REFILLED = 8
+"""Completions a slot, of item 11."""
 
 
 class Timed(NamedTuple):
@@ -230,6 +234,74 @@ def against_length() -> tuple[timing.Row, dict[str, Any]]:
     return row, {key: value._asdict() for key, value in times.items()}
 
 
+def against_full_length() -> tuple[timing.Row, dict[str, Any]]:
+    """Item 11: completions that end after 1, 2, 3 or 4 of 4 blocks, against four that do not end.
+
+    Their EOS stands in the template and no other can be drawn.
+    """
+    config, cfg = T0.sampling, T0.model
+    rows, width = REFILLED * T0.rows, T0.sampling.block_length
+    timed = make(T0._replace(rows=rows), config.steps)
+    last = (np.arange(rows) % config.blocks + 1) * width - 1
+    place = jnp.arange(config.length)[None] == last[:, None]
+    short = jnp.where(place, cfg.eos_token_id, _masks(timed))
+    valid, row = jnp.ones(timed.prompt.shape, bool), jnp.arange(rows, dtype=jnp.int32)
+
+    @jax.jit
+    def queued(params, template):
+        denoiser = _endless(params, cfg)
+        args = (timed.prompt, valid, template, row, row, jax.random.key(2), config)
+        return refill.sample(denoiser, *args, T0.rows).length
+
+    @jax.jit
+    def batches(params, template):
+        denoiser = _endless(params, cfg)
+        cuts = [x.reshape(REFILLED, T0.rows, -1) for x in (timed.prompt, valid, template)]
+
+        def one(args):
+            prompt, valid, template, row = args
+            context = (prompt, valid, template, row, row, jax.random.key(2), config)
+            return sample(denoiser, *context, stop_at_eos=True).length
+
+        return jax.lax.map(one, (*cuts, row.reshape(REFILLED, T0.rows))).reshape(-1)
+
+    whole = _masks(timed)
+    lengths = np.asarray(queued(timed.params, short))
+    np.testing.assert_array_equal(lengths, last + 1)
+    np.testing.assert_array_equal(batches(timed.params, short), lengths)
+    times = timing.alternate(
+        {
+            "refill": lambda: queued(timed.params, short),
+            "batches that stop": lambda: batches(timed.params, short),
+            "nothing ends": lambda: batches(timed.params, whole),
+        }
+    )
+    share = float(lengths.mean()) / config.length
+    found = timing.ratio(times, "refill", "nothing ends")
+    row = timing.Row(
+        "11",
+        f"{rows} completions of mean length {share:.1%} in {T0.rows} slots",
+        "T0",
+        f"{found:.3f} of the time of full length, {found / share:.2f}x the mean length's share; "
+        f"batches that stop {timing.ratio(times, 'batches that stop', 'nothing ends'):.3f}",
+        "<= 1.1x",
+        "1x",
+        met=found <= 1.1 * share,
+    )
+    return row, {key: value._asdict() for key, value in times.items()}
+
+
+def _endless(params: Any, cfg: models.Config) -> Denoiser:
+    """A model that never proposes EOS."""
+    denoiser = models.bind(cfg, {"params": params}, keep_mask=True)
+
+    def logits(hidden: jax.Array) -> jax.Array:
+        found = denoiser.logits(hidden)
+        return found.at[..., cfg.eos_token_id].set(-jnp.inf)
+
+    return denoiser._replace(logits=logits)
+
+
 def main(argv: list[str]) -> None:
     """Checks, times, prints."""
     if len(argv) > 1:
@@ -240,7 +312,11 @@ def main(argv: list[str]) -> None:
         found, details[name] = against_peer(name)
         rows += found
     if "T0" in _SHAPES.value:
-        for item, measure in (("8", against_group_size), ("9", against_length)):
+        for item, measure in (
+            ("8", against_group_size),
+            ("9", against_length),
+            ("11", against_full_length),
+        ):
             row, details[item] = measure()
             rows.append(row)
     timing.save("rollout", rows, details)

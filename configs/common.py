@@ -234,7 +234,7 @@ def llada_8b(
     longest = 1024 if task.name == "math500" else 256
     decoding = {"length": 256, "steps": 128, "block_length": 32, "temperature": 0.9}
     stage = {"prompts_per_step": 16, "num_generations": 6, "microbatches": 4, "rollout_chunks": 4}
-    stage |= {"checkpoint_every": 10}
+    stage |= {"checkpoint_every": 10, "refill": task.name != "mbpp"}  # programs take long to run
     return base(
         task=task,
         tokenizer="",  # the folder of model.init_from, unless named

@@ -139,14 +139,9 @@ def measure(
         shards = parallel.batch_shards(mesh)
         wanted = asked.batch or recipe.evaluation.batch
         batch = -(-max(wanted // asked.samples, 1) // shards) * shards
-        programs = Programs(
-            policy.model,
-            (),
-            sampling,
-            optim.make(recipe.optimizer, 1),
-            mesh,
-            group_size=asked.samples,
-        )
+        unused = optim.make(recipe.optimizer, 1)
+        programs = Programs(policy.model, (), sampling, unused, mesh, group_size=asked.samples)
+        programs = programs.with_slots(batch * asked.samples)
         decoded = evaluate.decode(
             programs,
             policy.trainable,
@@ -159,7 +154,7 @@ def measure(
         )
         told = _protocol(recipe, asked, sampling, prompts)
         found = _measured(recipe, asked, decoded, prompts, told)
-        speed = _speed(decoded, np.asarray(decoded.rollout.length), batch * asked.samples)
+        speed = _speed(decoded)
         yield found._replace(result=found.result | {"tokens_per_s": speed})
 
 
@@ -251,8 +246,8 @@ def _measured(
     return Measured(result, rows)
 
 
-def _speed(decoded: evaluate.Decoded, lengths: Any, first: int) -> float | None:
-    """Tokens of completions a second, without the `first` ones, whose batch compiled; None if
-    there are no others."""
-    rest = decoded.seconds[1:]
-    return round(float(np.sum(lengths[first:])) / sum(rest), 1) if rest else None
+def _speed(decoded: evaluate.Decoded) -> float | None:
+    """Tokens of completions a second, without the first call, which compiled; None if there are
+    no others."""
+    rest, lengths = decoded.seconds[1:], np.asarray(decoded.rollout.length)
+    return round(float(np.sum(lengths[decoded.rows :])) / sum(rest), 1) if rest else None

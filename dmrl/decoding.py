@@ -82,9 +82,13 @@ def rollouts(
     template = blank if templates is None else np.array(templates, np.int32)
     given = data.Prompts(prompts, *padded, template, buckets)
     unused = optim.make(optim.Optimizer(), 1)
-    programs = Programs(model, (), sampling, unused, ready.mesh, group_size=samples)
     shards = parallel.batch_shards(ready.mesh)
-    for index, real in data.in_order(len(prompts), -(-min(batch, len(prompts)) // shards) * shards):
+    batch = -(-min(batch, len(prompts)) // shards) * shards
+    programs = Programs(model, (), sampling, unused, ready.mesh, group_size=samples)
+    if not buckets:
+        programs = programs.with_slots(batch * samples)
+    many = data.queue(len(prompts), batch) if programs.slots else batch
+    for index, real in data.in_order(len(prompts), many):
         weights = (ready.policy.trainable, ready.policy.frozen)
         first, key = int(index[0]) * samples, jax.random.key(seed)
         rollout, _ = programs.rollout(*weights, given.rows(index), first, key)

@@ -23,7 +23,9 @@ class Decoded(NamedTuple):
     scores: dict[str, NDArray[np.floating[Any]]]
     """The task's metrics by name, each [B]."""
     seconds: tuple[float, ...] = ()
-    """Of each batch on the devices; the first one's include compiling."""
+    """Of each call on the devices; the first one's include compiling."""
+    rows: int = 0
+    """Completions of a call."""
 
 
 def setting_name(sampling: Sampling) -> str:
@@ -47,12 +49,15 @@ def decode(
 ) -> Decoded:
     """Decodes every prompt with `programs.sampling`, `programs.group_size` times in a row.
 
-    Noise follows the row number, so the result does not depend on `batch`.
+    `batch` examples at a time, or where `programs` has slots a queue of several times as many.
+    Noise follows the row number, so the result depends on neither.
     """
     parts: list[Rollout] = []
     seconds: list[float] = []
     size = programs.group_size
-    for index, real in data.in_order(len(prompts.examples), batch):
+    queued = programs.slots and not prompts.buckets
+    many = data.queue(len(prompts.examples), batch) if queued else batch
+    for index, real in data.in_order(len(prompts.examples), many):
         rows = prompts.rows(index)
         start = time.perf_counter()
         rollout, _ = programs.rollout(trainable, frozen, rows, int(index[0]) * size, key)
@@ -64,7 +69,7 @@ def decode(
     texts = tokenizer.decode(tok, np.asarray(joined.tokens), cfg.mask_token_id, cfg.eos_token_id)
     examples = [e for e in prompts.examples for _ in range(size)]
     scores = scoring.rewards(task, tok, cfg, examples, joined.tokens)
-    return Decoded(joined, texts, scores, tuple(seconds))
+    return Decoded(joined, texts, scores, tuple(seconds), many * size)
 
 
 def metrics(decoded: Decoded) -> Iterator[tuple[str, float]]:

@@ -72,7 +72,8 @@ class Held:
         """The sampler of a setting, kept: it compiles once."""
         if sampling not in self._programs:
             unused = optim.make(self.recipe.optimizer, 1)
-            self._programs[sampling] = Programs(self.recipe.model, (), sampling, unused, self.mesh)
+            made = Programs(self.recipe.model, (), sampling, unused, self.mesh)
+            self._programs[sampling] = made.with_slots(self.batch)
         return self._programs[sampling]
 
     def measure(

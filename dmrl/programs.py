@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from dmrl import models, objective, parallel, pieces
-from dmrl.diffusion import drift, probe, sampler
+from dmrl.diffusion import drift, probe, refill, sampler
 from dmrl.objective import Term, needs
 from dmrl.types import HINT, Denoiser, Inner, Metrics, Models, PRNGKey, Probe, Rollout
 
@@ -65,6 +65,14 @@ class Programs:
     """Whether rollouts come from a teacher that `next_phase` alone refreshes."""
     ema: float = 0.0
     """Decay of the average of the weights; 0 keeps none."""
+    slots: int = 0
+    """Rows at work at a time in a rollout of more rows than these: the next one takes the place
+    of one that has ended (see `with_slots`). 0: all of them."""
+
+    def with_slots(self, rows: int) -> "Programs":
+        """The same with `slots`, if sampling can refill and nothing after EOS matters."""
+        able = self.stops_at_eos and self.sampling is not None and refill.able(self.sampling)
+        return dataclasses.replace(self, slots=rows) if able else self
 
     def policy(self, trainable: Any, frozen: Any) -> Denoiser:
         """The policy that `trainable` describes."""
@@ -171,14 +179,19 @@ class Programs:
         sampling, size = self.sampling, self.group_size
         drafts = "drafts" in needs(self.terms)
 
+        def laid(rows):
+            return jax.lax.with_sharding_constraint(rows, parallel.batch_sharding(self.mesh))
+
         def rollout(behaviour, frozen, prompts, first_row, key):
             denoiser = self.policy(behaviour, frozen)
-            rows = (jnp.repeat(x, size, axis=0) for x in prompts)  # few prompts, many rows
-            prompt, valid, template = jax.lax.with_sharding_constraint(
-                tuple(rows), parallel.batch_sharding(self.mesh)
-            )
-            row = first_row + jnp.arange(prompt.shape[0], dtype=jnp.int32)
+            prompt, valid, template = (jnp.repeat(x, size, axis=0) for x in prompts)
+            row = first_row + jnp.arange(len(prompt), dtype=jnp.int32)
             draw_key, probe_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+            if 0 < self.slots < len(row):
+                queue = (prompt, valid, template, row, row // size)
+                done = refill.sample(denoiser, *queue, draw_key, sampling, self.slots, laid)
+                return done, tuple(None for _ in self.terms)
+            prompt, valid, template = laid((prompt, valid, template))
             context = (prompt, valid, template, row, row // size)
             # Whole groups on every device, or the first of each would have to travel.
             alike = size if len(prompts[0]) % parallel.batch_shards(self.mesh) == 0 else 1

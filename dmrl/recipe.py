@@ -85,6 +85,10 @@ class Loop:
     """Decay of the average of the weights with which the next phase begins; 0: the weights."""
     rollout_chunks: int = 1
     """Pieces in which a rollout runs, so that rewards of one overlap sampling of the next."""
+    refill: bool = True
+    """Where completions end early and nothing after EOS matters to any term: all prompts of a step
+    in a queue instead, and as many rows at work as a piece has; rewards then wait for the last
+    completion. False for rewards that take long."""
     checkpoint_every: int = 50
     checkpoints_kept: int = 2
     completions_every: int = 50

@@ -121,7 +121,7 @@ class WarmStart:
 def reinforcement(recipe: Recipe, mesh: Any) -> Programs:
     """The programs of stage 2."""
     loop = recipe.loop
-    return Programs(
+    made = Programs(
         recipe.model,
         recipe.terms,
         recipe.sampling,
@@ -133,6 +133,9 @@ def reinforcement(recipe: Recipe, mesh: Any) -> Programs:
         loop.phase_steps > 0,
         loop.ema,
     )
+    if not loop.refill or loop.rollout_chunks == 1 or recipe.rescue.fraction:
+        return made
+    return made.with_slots(loop.prompts_per_step * loop.num_generations // loop.rollout_chunks)
 
 
 def check_rows(loop: Loop, mesh: Any) -> None:
@@ -187,13 +190,17 @@ class Reinforce:
         return self.programs.init_state(with_heads(self.recipe, trainable))
 
     def step(self, state: TrainState, number: int, index: np.ndarray, key: jax.Array) -> StepResult:
-        """Sample in chunks, score each while the next is sampled, update."""
+        """Sample in chunks, score each while the next is sampled, update.
+
+        With slots that refill there is one chunk.
+        """
         start, loop = time.perf_counter(), self.recipe.loop
         size, in_phase = loop.num_generations, number % (loop.phase_steps or loop.steps)
         behaviour = state.trainable if state.teacher is None else state.teacher
-        chunks = np.split(index, loop.rollout_chunks)
+        count = 1 if self.programs.slots else loop.rollout_chunks
+        chunks = np.split(index, count)
         launched, first_row = [], 0
-        inputs = (np.split(x, loop.rollout_chunks) for x in self.train.rows(index))
+        inputs = (np.split(x, count) for x in self.train.rows(index))
         for prompts in zip(*inputs, strict=True):
             launched.append(
                 self.programs.rollout(behaviour, self.held.frozen, prompts, first_row, key)

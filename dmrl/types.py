@@ -65,7 +65,8 @@ class Denoiser(NamedTuple):
     """Further outputs with parameters of their own, by name (see `dmrl.models.heads`)."""
     window: Callable[..., Float[Array, "batch width d"]] | None = None
     """(tokens, valid, start, width) -> hidden of positions start .. start + width [B,W,D], what
-    `encode` gives there for less work and not for differentiation; None: there is no such way."""
+    `encode` gives there for less work and not for differentiation; `start` of all rows or of each
+    its own [B]. None: there is no such way."""
     order: Callable[..., tuple[Array, Callable[[Array], Array]]] | None = None
     """(tokens, valid, start, width) -> (what `window` gives, score): a learned order. `score` maps
     features [B,W,F] of these positions (`dmrl.diffusion.decisions`) to scores [B,W], and is

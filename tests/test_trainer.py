@@ -174,7 +174,9 @@ def test_another_config_is_refused_by_name(done):
         run(done[0], None, **{**DONE, "evaluation__steps": ()})
 
 
-def test_a_step_in_chunks_hands_the_same_rows_to_the_update(monkeypatch):
+def handed_to_the_update(monkeypatch, values):
+    """The arrays of the first step's rollouts and probes, chunks joined, and the stage."""
+
     class Caught(Exception):
         pass
 
@@ -186,22 +188,42 @@ def test_a_step_in_chunks_hands_the_same_rows_to_the_update(monkeypatch):
         raise Caught([np.concatenate(leaves) for leaves in zip(*pieces, strict=True)])
 
     monkeypatch.setattr(stages.Programs, "update", catch)
-    found = {}
-    for chunks in (1, 2, 4):
-        made = recipe.build(config(rollout_chunks=chunks))
-        mesh = parallel.make_mesh(**made.mesh)
-        stage = stages.Reinforce(made, mesh, Held(made, mesh))
-        state = stage.init(trainer.initial_weights(made, mesh)[0])
-        with pytest.raises(Caught) as caught:
-            stage.step(state, 0, np.array([3, 11, 5, 2]), jax.random.key(1))
-        found[chunks] = caught.value.args[0]
-    for chunks in (2, 4):
-        for a, b in zip(found[chunks], found[1], strict=True):
-            if np.issubdtype(a.dtype, np.integer):
-                np.testing.assert_array_equal(a, b)
-            else:
-                np.testing.assert_allclose(a, b, atol=1e-5)
+    made = recipe.build(values)
+    mesh = parallel.make_mesh(**made.mesh)
+    stage = stages.Reinforce(made, mesh, Held(made, mesh))
+    state = stage.init(trainer.initial_weights(made, mesh)[0])
+    with pytest.raises(Caught) as caught:
+        stage.step(state, 0, np.array([3, 11, 5, 2]), jax.random.key(1))
+    return caught.value.args[0], stage
+
+
+def assert_equal_rows(got, want):
+    for a, b in zip(got, want, strict=True):
+        if np.issubdtype(a.dtype, np.integer):
+            np.testing.assert_array_equal(a, b)
+        else:
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_step_in_chunks_hands_the_same_rows_to_the_update(monkeypatch):
+    found = {
+        chunks: handed_to_the_update(monkeypatch, config(rollout_chunks=chunks))[0]
+        for chunks in (1, 2, 4)
+    }
+    assert_equal_rows(found[2], found[1])
+    assert_equal_rows(found[4], found[1])
     assert len(found[1]) >= 13
+
+
+def test_a_step_with_slots_hands_the_same_rows_to_the_update(monkeypatch):
+    found = {}
+    for refill in (True, False):
+        blocks = {"sampling__block_length": 4, "sampling__steps": 8, "rollout_chunks": 2}
+        values = config(refill=refill, **blocks)
+        del values["terms"]["dispo"]
+        found[refill], stage = handed_to_the_update(monkeypatch, values)
+        assert stage.programs.slots == (4 if refill else 0)
+    assert_equal_rows(found[True], found[False])
 
 
 def test_divergence_stops_the_run_and_names_the_step(tmp_path):

@@ -17,8 +17,8 @@ from dmrl.diffusion.masking import upto_eos
 from dmrl.diffusion.noise import row_keys
 from dmrl.diffusion.plan import plan
 from dmrl.diffusion.sampling import Sampling
-from dmrl.diffusion.walk import Kept, State, Walk
-from dmrl.types import TEMPLATE, Denoiser, PRNGKey, Rollout
+from dmrl.diffusion.walk import Kept, State, Walk, begin
+from dmrl.types import Denoiser, PRNGKey, Rollout
 
 
 def sample(
@@ -66,6 +66,18 @@ def sample(
         denoiser = guided(denoiser, config.cfg_scale, prompt.shape[1])
     walk = Walk(denoiser, prompt, prompt_valid, row_keys(key, row), config, drafts, stop_at_eos)
     state, kept = _scan(walk, template, group_size)
+    context = (prompt, prompt_valid, row, group)
+    return rollout_of(denoiser, context, state, stop_at_eos)._replace(
+        states=_with_last(kept.before, state.tokens),
+        drafts=None if kept.draft is None else jnp.moveaxis(kept.draft, 0, 1),
+    )
+
+
+def rollout_of(
+    denoiser: Denoiser, context: tuple[Array, ...], state: State, stop_at_eos: bool
+) -> Rollout:
+    """The rollout whose last state this is; `context` is (prompt, prompt_valid, row, group)."""
+    prompt, prompt_valid, row, group = context
     tokens = state.tokens
     if stop_at_eos:
         tokens = jnp.where(tokens == denoiser.mask_id, denoiser.eos_id, tokens)
@@ -79,8 +91,6 @@ def sample(
         row=row,
         group=group,
         length=jnp.sum(upto_eos(tokens, denoiser.eos_id), axis=1),
-        states=_with_last(kept.before, state.tokens),
-        drafts=None if kept.draft is None else jnp.moveaxis(kept.draft, 0, 1),
         order_log_prob=state.order_log_prob,
     )
 
@@ -107,13 +117,8 @@ def _check(denoiser: Denoiser, config: Sampling, drafts: bool, stop_at_eos: bool
 
 def _scan(walk: Walk, template: jax.Array, group_size: int) -> tuple[State, Kept]:
     """All steps, in runs of which the first reads everything and the others its cache."""
-    config, rows = walk.config, template.shape[0]
-    zeros = jnp.zeros(template.shape, jnp.float32)
-    masked = template == walk.denoiser.mask_id
-    never = jnp.where(masked, config.steps, TEMPLATE).astype(jnp.int32)
-    clock = jnp.zeros((rows,), jnp.int32)
-    never_sure, laws = jnp.full_like(zeros, jnp.inf), zeros if config.learned else None
-    state = State(template, never, zeros, zeros, never_sure, clock, laws)
+    config, masked = walk.config, template == walk.denoiser.mask_id
+    state = begin(config, template, walk.denoiser.mask_id)
     every = config.cache_rule.every
     runs = jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:]), plan(config, masked))
     first = None

@@ -1,7 +1,8 @@
 """One walk of the reverse process: the state, and what a step does to it.
 
 A step reads the open positions, lets the token rule propose, the order rule score and the remask
-rule choose, and writes what they decided.
+rule choose, and writes what they decided. All rows of a batch are at the same block or, with
+refill, each at its own.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from dmrl.diffusion.plan import Step
 from dmrl.diffusion.proposal import Proposal, draw, propose
 from dmrl.diffusion.remask import Rcr, Turn
 from dmrl.diffusion.sampling import Sampling
-from dmrl.types import Denoiser, RowKeys
+from dmrl.types import TEMPLATE, Denoiser, RowKeys
 
 
 class State(NamedTuple):
@@ -35,6 +36,15 @@ class State(NamedTuple):
     """Steps of the row so far, with an adaptive schedule."""
     order_log_prob: Float[Array, "b l"] | None
     """With a learned order."""
+
+
+def begin(config: Sampling, template: Int[Array, "b l"], mask_id: int) -> State:
+    """Before the first step."""
+    zeros = jnp.zeros(template.shape, jnp.float32)
+    never = jnp.where(template == mask_id, config.steps, TEMPLATE).astype(jnp.int32)
+    clock = jnp.zeros((template.shape[0],), jnp.int32)
+    sure, laws = jnp.full_like(zeros, jnp.inf), zeros if config.learned else None
+    return State(template, never, zeros, zeros, sure, clock, laws)
 
 
 class Kept(NamedTuple):
@@ -125,18 +135,20 @@ class Walk:
         progress = 1 - jnp.sum(masked, axis=-1) / self.config.block_length
         return step._replace(reveals=jnp.minimum(step.reveals, left), progress=progress)
 
-    def ended(self, tokens: Int[Array, "b l"], start: Int[Array, ""]) -> Bool[Array, " b"]:
+    def ended(self, tokens: Int[Array, "b l"], start: Int[Array, "*b"]) -> Bool[Array, " b"]:
         """Rows with an EOS before the block."""
         return jnp.any((tokens == self.denoiser.eos_id) & self.before(start), axis=1)
 
-    def before(self, stop: Int[Array, ""]) -> Bool[Array, "1 l"]:
+    def before(self, stop: Int[Array, "*b"]) -> Bool[Array, "#b l"]:
         """The positions before `stop`."""
-        return jnp.expand_dims(jnp.arange(self.config.length) < stop, 0)
+        return jnp.expand_dims(jnp.arange(self.config.length), 0) < stop.reshape(-1, 1)
 
-    def cut(self, x: Array, start: Int[Array, ""]) -> Array:
+    def cut(self, x: Array, start: Int[Array, "*b"]) -> Array:
         """The open positions of [B,L]."""
         if self.width == self.config.length:
             return x
+        if start.ndim:
+            return jax.vmap(jax.lax.dynamic_slice_in_dim, (0, 0, None))(x, start, self.width)
         return jax.lax.dynamic_slice_in_dim(x, start, self.width, axis=1)
 
     @property
@@ -184,7 +196,7 @@ class Walk:
     ) -> tuple[State, Any]:
         """One step, given what the head reads; with the draft where it is kept."""
         config, mask_id, start = self.config, self.denoiser.mask_id, step.start
-        number = state.clock if config.adaptive else jnp.full_like(state.clock, step.number)
+        number = state.clock if config.adaptive else step.number + jnp.zeros_like(state.clock)
         keys = fold_in(self.keys, number)
         found = propose(self.denoiser, config, keys, hidden)
         masked = self.cut(state.tokens, start) == mask_id
@@ -230,10 +242,12 @@ class Walk:
         # A step that is there for other rows only: alone, the row would not take it.
         return chosen & due, again & due, jnp.where(due, changed, confidence)
 
-    def put(self, x: Array, new: Array, start: Int[Array, ""]) -> Array:
+    def put(self, x: Array, new: Array, start: Int[Array, "*b"]) -> Array:
         """The open positions of [B,L] replaced."""
         if self.width == self.config.length:
             return new
+        if start.ndim:
+            return jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(x, new, start, 0)
         return jax.lax.dynamic_update_slice_in_dim(x, new, start, axis=1)
 
     def draft(self, keys, whole, tokens, proposal, start) -> Any:

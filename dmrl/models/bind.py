@@ -28,7 +28,7 @@ def bind(cfg: Config, variables: Mapping[str, Any], keep_mask: bool = False) -> 
         return jnp.asarray(module.apply(network, tokens, valid))
 
     def window(
-        tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], start: Int[Array, ""], width: int
+        tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], start: Int[Array, "*b"], width: int
     ) -> Float[Array, "b w d"]:
         return jnp.asarray(module.apply(network, tokens, valid, (start, width), method="window"))
 

@@ -105,8 +105,9 @@ def rope(x: Float[Array, "b s h d"], rotation: Rotation) -> Float[Array, "b s h 
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-Window = tuple[Int[Array, ""], int]
-"""(start, width): the positions start .. start + width of a sequence; width is static."""
+Window = tuple[Int[Array, "*b"], int]
+"""(start, width): the positions start .. start + width of a sequence, of all rows the same or of
+each row its own; width is static."""
 
 
 KeyValue = tuple[Float[Array, "*l b s kv half2"], Float[Array, "*l b s kv half2"]]
@@ -115,7 +116,11 @@ KeyValue = tuple[Float[Array, "*l b s kv half2"], Float[Array, "*l b s kv half2"
 
 def cut(x: Shaped[Array, "b s *rest"], window: Window | None) -> Shaped[Array, "b w *rest"]:
     """The positions of the window; all without one."""
-    return x if window is None else jax.lax.dynamic_slice_in_dim(x, *window, axis=1)
+    if window is None:
+        return x
+    if window[0].ndim:
+        return jax.vmap(jax.lax.dynamic_slice_in_dim, (0, 0, None))(x, *window)
+    return jax.lax.dynamic_slice_in_dim(x, *window, axis=1)
 
 
 class Attention(nn.Module):

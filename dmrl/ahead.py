@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dmrl import models, orders, parallel, stages
+from dmrl.models import int8
 from dmrl.objective import needs
 from dmrl.programs import Programs, frozen_copy, part_of
 from dmrl.recipe import Recipe
@@ -71,6 +72,8 @@ def laid_out(mesh: Mesh, tree: Any) -> Any:
 def _weights(recipe: Recipe, mesh: Mesh) -> tuple[Any, Any]:
     """(trainable with heads, frozen) as stage 2 finds them."""
     variables = jax.eval_shape(lambda: models.init(recipe.model, jax.random.key(0)))
+    if recipe.model.int8:
+        variables["params"] = jax.eval_shape(int8.quantized, variables["params"])
     trainable, frozen = {"params": variables["params"]}, None
     if recipe.model.lora_rank:
         trainable, frozen = {"lora": variables["lora"]}, variables["params"]

@@ -26,6 +26,8 @@ class Shape(NamedTuple):
     param_bytes: int
     compute_bytes: int
     remat: bool
+    kernel_bytes: int
+    """Of a weight of the seven projections, where they are frozen."""
 
 
 def shape_of(cfg: Any) -> Shape:
@@ -42,6 +44,7 @@ def shape_of(cfg: Any) -> Shape:
         size[cfg.param_dtype],
         size[cfg.dtype],
         cfg.remat != "none",
+        1 if cfg.int8 else size[cfg.param_dtype],
     )
 
 
@@ -61,6 +64,12 @@ def body_params(s: Shape) -> int:
 def total_params(s: Shape) -> int:
     """All base weights: body, embedding and untied head."""
     return body_params(s) + 2 * s.vocab_size * s.d_model
+
+
+def frozen_bytes(s: Shape) -> int:
+    """Of all base weights where they are not trained."""
+    kernels = s.n_layers * sum(i * o for i, o in linears(s))
+    return total_params(s) * s.param_bytes - kernels * (s.param_bytes - s.kernel_bytes)
 
 
 def lora_params(s: Shape) -> int:
@@ -122,7 +131,7 @@ def memory(
     trained = lora_params(s) if s.lora_rank else total_params(s)
     if order_inputs:
         trained = order_params(s)
-    frozen = total_params(s) * s.param_bytes if s.lora_rank or full_ft_ref or order_inputs else 0
+    frozen = frozen_bytes(s) if s.lora_rank or full_ft_ref or order_inputs else 0
     carry = (order_inputs or s.n_layers) * s.d_model * s.compute_bytes
     layer = s.compute_bytes * (4 * s.d_model + 3 * s.mlp_hidden_size)
     kept = carry + layer if s.remat or order_inputs else s.n_layers * layer

@@ -186,6 +186,8 @@ def _changes(fit: Fit, recipe: Recipe, mesh: Mesh | AbstractMesh) -> list[str]:
         )
     if model.lora_rank and model.param_dtype == "float32":
         found.append("--config.model.param_dtype=bfloat16 for the frozen base")
+    if model.lora_rank and not model.int8:
+        found.append("--config.model.int8=True: a byte for a frozen weight of the layers")
     if not model.lora_rank and "reference" in needs(recipe.terms):
         found.append("beta=0 in every term: no reference copy of the weights")
     return found

@@ -19,8 +19,11 @@ BATCH = P(("data", "fsdp"))
 
 RULES: tuple[tuple[str, P], ...] = (
     # The leading axis of everything under `blocks` is the layer.
-    (r"blocks/.*(q_proj|k_proj|v_proj|ff_proj|up_proj)/kernel$", P(None, "fsdp", "tensor")),
-    (r"blocks/.*(attn_out|ff_out)/kernel$", P(None, "tensor", "fsdp")),
+    (
+        r"blocks/.*(q_proj|k_proj|v_proj|ff_proj|up_proj)/kernel(/values)?$",
+        P(None, "fsdp", "tensor"),
+    ),
+    (r"blocks/.*(attn_out|ff_out)/kernel(/values)?$", P(None, "tensor", "fsdp")),
     (r"blocks/.*(q_proj|k_proj|v_proj|ff_proj|up_proj)/a$", P(None, "fsdp", None)),
     (r"blocks/.*(q_proj|k_proj|v_proj|ff_proj|up_proj)/b$", P(None, "fsdp", "tensor")),
     (r"blocks/.*(attn_out|ff_out)/a$", P(None, "tensor", "fsdp")),

@@ -75,6 +75,5 @@ def load(checkpoint: str, base: Any, mesh: Any) -> Policy:
             k: v.shape for k, v in weights.leaves(model).items()
         }:
             raise ValueError(f"{base} holds a model of other shapes than {checkpoint}")
-        base = weights.load_weights(base, layout["params"])[1]
-        base = jax.tree.map(lambda x: x.astype(model.param_dtype), base)
+        base = weights.load_base(base, layout["params"], model)
     return Policy(model, {"lora": own}, base)

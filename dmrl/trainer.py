@@ -23,7 +23,7 @@ from dmrl.checkpoint import Checkpoints
 from dmrl.console import Console
 from dmrl.held import Held
 from dmrl.metrics import Lines, Metrics
-from dmrl.models import weights
+from dmrl.models import int8, weights
 from dmrl.objective import needs
 from dmrl.programs import TrainState, frozen_copy
 from dmrl.recipe import Recipe
@@ -108,14 +108,15 @@ def initial_weights(recipe: Recipe, mesh: Any) -> tuple[Any, Any]:
 
     layout = parallel.shardings(mesh, jax.eval_shape(fresh))
     if recipe.init_from:
-        params = weights.load_weights(recipe.init_from, layout["params"])[1]
-        params = jax.tree.map(lambda x: x.astype(cfg.param_dtype), params)
+        params = weights.load_base(recipe.init_from, layout["params"], cfg)
         if not cfg.lora_rank:
             return {"params": params}, None
         lora = jax.jit(lambda: fresh()["lora"], out_shardings=layout["lora"])()
         return {"lora": lora}, params
     with jax.set_mesh(mesh):
         variables = jax.jit(fresh, out_shardings=layout)()
+        if cfg.int8:
+            variables["params"] = jax.jit(int8.quantized)(variables["params"])
     if cfg.lora_rank:
         return {"lora": variables["lora"]}, variables["params"]
     return variables, None

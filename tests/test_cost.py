@@ -7,7 +7,7 @@ from dmrl import cost, models, recipe
 from dmrl.types import FLAGS, TOP
 
 LLADA = cost.shape_of(models.Config(lora_rank=128))
-TINY = cost.Shape(4, 1, 2, 1, 8, 10, 2, 4, 4, False)
+TINY = cost.Shape(4, 1, 2, 1, 8, 10, 2, 4, 4, False, 4)
 
 
 def test_llada_8b_has_eight_billion_weights():

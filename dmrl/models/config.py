@@ -38,6 +38,9 @@ class Config:
     remat: str = "full"
     lora_rank: int = 0
     lora_alpha: float = 64.0
+    int8: bool = False
+    """The layers' weights in a byte each (`dmrl.models.int8`), beside an adapter; on disk they are
+    as ever."""
 
     def __post_init__(self) -> None:
         if self.d_model % self.n_heads:
@@ -48,6 +51,11 @@ class Config:
             raise ValueError(f"head width {self.d_model // self.n_heads} is odd: RoPE needs pairs")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat={self.remat!r}: choose one of {', '.join(REMAT_POLICIES)}")
+        if self.int8 and not self.lora_rank:
+            raise ValueError(
+                "int8=True rounds weights that stay as they are, but without an adapter all are "
+                "trained: set lora_rank, e.g. 128"
+            )
         for name in ("mask_token_id", "eos_token_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(

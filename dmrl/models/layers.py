@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
 from dmrl.models.config import Config
+from dmrl.models.int8 import Int8
 
 
 def matmul_precision(dtype: str) -> jax.lax.Precision:
@@ -18,7 +19,7 @@ def matmul_precision(dtype: str) -> jax.lax.Precision:
 
 
 def dot(
-    x: Float[Array, "*lead i"], kernel: Float[Array, "i o"], out_dtype: Any = None
+    x: Float[Array, "*lead i"], kernel: Num[Array, "i o"], out_dtype: Any = None
 ) -> Float[Array, "*lead o"]:
     """x @ kernel in x's precision, all leading axes as one.
 
@@ -72,7 +73,11 @@ class Linear(nn.Module):
         cfg, fan_in = self.cfg, x.shape[-1]
         init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "normal")
         kernel = self.param("kernel", init, (fan_in, self.features), jnp.dtype(cfg.param_dtype))
-        y = dot(x, kernel)
+        if isinstance(kernel, Int8):
+            wide = dot(x, kernel.values, jnp.float32) * jnp.expand_dims(kernel.scale, 0)
+            y = wide.astype(x.dtype)
+        else:
+            y = dot(x, kernel)
         adapted = self.is_initializing() or self.has_variable("lora", "a")
         if cfg.lora_rank and adapted:
             a = self.variable("lora", "a", self._init_a, (fan_in, cfg.lora_rank)).value

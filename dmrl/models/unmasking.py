@@ -50,7 +50,7 @@ class Unmasking(nn.Module):
 
 def network(cfg: Config) -> Unmasking:
     """The policy for a denoiser of that shape: trained in float32, without an adapter."""
-    return Unmasking(dataclasses.replace(cfg, param_dtype="float32", lora_rank=0))
+    return Unmasking(dataclasses.replace(cfg, param_dtype="float32", lora_rank=0, int8=False))
 
 
 def init(cfg: Config, key: jax.Array) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import numpy as np
 import tensorstore as ts
 from flax import traverse_util
 
-from dmrl.models import unmasking
+from dmrl.models import int8, unmasking
 from dmrl.models.config import Config
 from dmrl.models.llada import init
 
@@ -163,12 +163,17 @@ def open_weights(
 
 
 def load_weights(
-    directory: str | os.PathLike[str], shardings: Any = None, collection: str = "params"
+    directory: str | os.PathLike[str],
+    shardings: Any = None,
+    collection: str = "params",
+    each: Callable[[str, jax.Array], Any] = lambda path, leaf: leaf,
 ) -> tuple[Config, dict[str, Any]]:
     """Loads a whole tree of jax arrays; raises as `open_weights` does.
 
-    `shardings`: a tree of `jax.sharding.Sharding` like the parameters; every device reads
-    only its own slices. None puts everything on the default device.
+    Args:
+      shardings: a tree of `jax.sharding.Sharding` like the parameters; every device reads
+        only its own slices. None puts everything on the default device.
+      each: what takes the place of a leaf, before the next one is read.
     """
     cfg, stores = _open(directory, collection)
     if shardings is None:
@@ -181,12 +186,29 @@ def load_weights(
         wrong = ", ".join(sorted(flat.keys() ^ stores.keys()))
         raise ValueError(f"the shardings are not a tree like the parameters: {wrong}")
     tree = {
-        path: jax.make_array_from_callback(
-            store.shape, flat[path], functools.partial(_read_slice, store)
+        path: each(
+            path,
+            jax.make_array_from_callback(
+                store.shape, flat[path], functools.partial(_read_slice, store)
+            ),
         )
         for path, store in stores.items()
     }
     return cfg, traverse_util.unflatten_dict(tree, sep="/")
+
+
+def load_base(directory: str | os.PathLike[str], shardings: Any, cfg: Config) -> dict[str, Any]:
+    """The parameters as a model of this Config stores them: in its `param_dtype`, or rounded."""
+
+    def each(path: str, leaf: jax.Array) -> Any:
+        if cfg.int8 and int8.is_kernel(path):
+            return _rounded(leaf)
+        return leaf.astype(cfg.param_dtype)
+
+    return load_weights(directory, shardings, each=each)[1]
+
+
+_rounded = jax.jit(int8.rounded, donate_argnums=0)
 
 
 def _read_slice(store: ts.TensorStore, index: tuple[slice, ...]) -> np.ndarray:

@@ -1,10 +1,11 @@
-"""What a compiled program sends between devices, read from its HLO text.
+"""What a compiled program sends between devices and multiplies, read from its HLO text.
 
-Loops are followed: a collective in a body counts as often as the loop runs, where the text says
-how often. Bytes are those of the larger side of an operation on one device: what an all-gather
+Loops are followed: what is in a body counts as often as the loop runs, where the text says how
+often. Bytes are those of the larger side of an operation on one device: what an all-gather
 returns, what a reduce-scatter takes in.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,6 +17,7 @@ _ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+\w*|c\d+)\[([\d,]*)\]")
 _NAMED = re.compile(
     r"(?:body|condition|calls|to_apply|branch_computations)=(?:\{([^}]*)\}|(%[\w.-]+))"
 )
+_DOT = re.compile(r"\sdot\(([^,)]*),.*?lhs_contracting_dims=\{([\d,]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -45,10 +47,7 @@ def traffic(text: str) -> Traffic:
     Raises:
       ValueError: the text has no entry computation.
     """
-    computations = dict(_computations(text))
-    entry = re.search(r"^ENTRY (%[\w.-]+)", text, re.MULTILINE)
-    if entry is None:
-        raise ValueError("no ENTRY computation: this is not the text of a compiled module")
+    computations, entry = _parsed(text)
     shapes = {name: rest for lines in computations.values() for name, rest in _defined(lines)}
     kinds: dict[str, Sent] = {}
     unknown: set[str] = set()
@@ -74,8 +73,51 @@ def traffic(text: str) -> Traffic:
                 sends |= inside
         return sends
 
-    visit(entry[1], 1)
+    visit(entry, 1)
     return Traffic(kinds, len(unknown))
+
+
+def products(text: str) -> float:
+    """FLOPs of the matrix products of one device, the dearest branch of every conditional.
+
+    Of operations that are written as `dot`, as the CPU compiler's are. A loop of which the text
+    does not say how often it runs counts once.
+
+    Raises:
+      ValueError: the text has no entry computation.
+    """
+    computations, entry = _parsed(text)
+    shapes = {name: rest for lines in computations.values() for name, rest in _defined(lines)}
+
+    def visit(computation: str) -> float:
+        total = 0.0
+        for _, rest in _defined(computations[computation]):
+            if found := _DOT.search(rest):
+                left = _dims(shapes[found[1].split()[-1]])
+                inner = [left[int(i)] for i in found[2].split(",") if i]
+                total += 2.0 * math.prod(_dims(rest)) * math.prod(inner)
+            inside = [visit(callee) for callee in _callees(rest)]
+            if " conditional(" in rest:
+                total += max(inside)
+            else:
+                trips = _trip_count(rest, computations) if " while(" in rest else 1
+                total += (trips or 1) * sum(inside)
+        return total
+
+    return visit(entry)
+
+
+def _dims(shape: str) -> list[int]:
+    found = _ARRAY.search(shape)
+    return [int(n) for n in found[2].split(",") if n] if found else []
+
+
+def _parsed(text: str) -> tuple[dict[str, list[str]], str]:
+    """(lines by computation, name of the entry)."""
+    entry = re.search(r"^ENTRY (%[\w.-]+)", text, re.MULTILINE)
+    if entry is None:
+        raise ValueError("no ENTRY computation: this is not the text of a compiled module")
+    return dict(_computations(text)), entry[1]
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:

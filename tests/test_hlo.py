@@ -1,5 +1,7 @@
 """Collectives read from the text of compiled programs."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 import simulated
 
@@ -84,3 +86,18 @@ def test_rings_and_fused_reduce_scatters_as_the_tpu_backend_writes_them():
 def test_other_text_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.traffic("HloModule empty")
+
+
+def test_products_are_counted_with_their_loops_and_branches():
+    def program(x, y):
+        def body(carry, _):
+            return jnp.tanh(carry @ y), None
+
+        x, _ = jax.lax.scan(body, x, length=5)
+        return jax.lax.cond(x[0, 0] > 0, lambda: x @ y @ y, lambda: x)
+
+    x, y = jnp.ones((4, 8)), jnp.ones((8, 8))
+    text = jax.jit(program).lower(x, y).compile().as_text()
+    assert hlo.products(text) == (5 + 2) * 2 * 4 * 8 * 8
+    with pytest.raises(ValueError, match="no ENTRY computation"):
+        hlo.products("nothing")

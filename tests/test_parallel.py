@@ -107,6 +107,60 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(accumulated, mesh):
     assert pieces["loss"] == pytest.approx(whole["loss"], abs=1e-6)
 
 
+WORK = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np, optax
+from dmrl import hlo, models, parallel
+from dmrl.diffusion.sampler import Sampling
+from dmrl.flops import matmul_flops
+from dmrl.objective import make_term
+from dmrl.programs import Programs
+
+jax.config.update("jax_disable_most_optimizations", True)
+cfg = models.Config(vocab_size=1024, d_model=64, n_layers=2, n_heads=8, n_kv_heads=8,
+    mlp_hidden_size=192, max_sequence_length=128, mask_token_id=0, eos_token_id=1,
+    dtype="float32", param_dtype="float32", remat="none")
+terms = (make_term("diffu_grpo", 1.0, {"beta": 0.0}),)
+sampling = Sampling(length=32, steps=4, block_length=16, temperature=1.0)
+prompts = (np.full((8, 16), 2, np.int32), np.ones((8, 16), bool), np.zeros((8, 32), np.int32))
+params = models.init(cfg, jax.random.key(0))["params"]
+result = {}
+for name in ("1x1x1", *sys.argv[1:]):
+    sizes = [int(n) for n in name.split("x")]
+    mesh = parallel.mesh_over(jax.devices()[: int(np.prod(sizes))], *sizes)
+    programs = Programs(cfg, terms, sampling, optax.sgd(1.0), mesh, 2)
+    state = programs.init_state({"params": params})
+    key = jax.random.key(1)
+    rollout = programs.trace_rollout(state.trainable, None, prompts, key)
+    done, _ = programs.rollout(state.trainable, None, prompts, 0, key)
+    done = done._replace(reward=jax.device_put(jnp.ones(16), parallel.batch_sharding(mesh)))
+    update = programs.trace_update(state, None, [done], [(None,)], key)
+    result[name] = {}
+    for what, traced in (("rollout", rollout), ("update", update)):
+        text = traced.lower().compile().as_text()
+        result[name][what] = hlo.products(text) * mesh.size
+        if name == "1x1x1":
+            result[name][f"{what} jaxpr"] = matmul_flops(traced.jaxpr)
+print(json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def work():
+    """FLOPs of all products on all devices of a mesh together, as compiled."""
+    return simulated.run(WORK, *MESHES[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["rollout", "update"])
+def test_the_devices_together_multiply_what_one_does(work, program):
+    one = work["1x1x1"]
+    assert one[program] == pytest.approx(one[f"{program} jaxpr"], rel=0.05)
+    for mesh in MESHES[1:]:
+        assert work[mesh][program] <= 1.05 * one[program], mesh
+        assert work[mesh][program] > 0.9 * one[program], mesh
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 def test_two_steps_compile_two_programs(eight, mesh):
     assert eight[mesh]["compiled"] == [1, 1]

@@ -6,16 +6,14 @@ import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny
 
-from dmrl import models, parallel
+from dmrl import models, objective
 from dmrl.algorithms import dispo, spg
 from dmrl.diffusion import likelihood
 from dmrl.diffusion.masking import mask_prompt, upto_eos
 from dmrl.objective import make_term
-from dmrl.programs import Programs
 from dmrl.types import TEMPLATE, Denoiser, Models, Probe
 
 LENGTH, BLOCK, EOS = 6, 2, 2
@@ -289,8 +287,6 @@ def test_dispo_on_spg_has_the_weighted_sum_of_their_gradients():
         make_term("spg", 1.0, {"block_length": BLOCK}),
         make_term("dispo", 0.5, {"beta": 0.0}),
     )
-    mesh = parallel.make_mesh()
-    programs = Programs(config, terms, None, optax.sgd(1.0), mesh, microbatches=2)
     params = jax.jit(lambda key: models.init(config, key)["params"])(jax.random.key(0))
     _, _, rollout = case(eos=5)
     step = jnp.full((6, 1), 2)
@@ -309,7 +305,12 @@ def test_dispo_on_spg_has_the_weighted_sum_of_their_gradients():
 
     batches = prepare(rollout, probe)
     np.testing.assert_array_equal(batches[0].prompt[:, 0], batches[1].prompt)
-    got, metrics = jax.jit(programs._gradient)({"params": params}, None, None, None, batches)
+
+    def bound(trainable):
+        return Models(models.bind(config, trainable), None, None)
+
+    summed = jax.jit(lambda p: objective.gradient(terms, bound, p, batches, 2, 1))
+    got, metrics = summed({"params": params})
 
     def of(algorithm, batch, hp):
         policy = lambda p: Models(models.bind(config, {"params": p}), None, None)  # noqa: E731

@@ -23,8 +23,8 @@ to softmax(confidence / 0.05) and to a uniform choice among the 5 most confident
 begins without a warm start, as published. Not run here.
 
 tiny_zebra: Zebra puzzles of three houses by the model of tiny, clues in letters and the grid as a
-template; our own recipe, built but not trained here. In the paper .362 of cells, max-confidence
-.337 (published; base model and prompt are not).
+template; our own recipe. The model learns too little to tell orders apart (docs/methods.md). In the
+paper .362 of cells, max-confidence .337 (published; base model and prompt are not).
 """
 
 from configs import common

@@ -6,6 +6,7 @@ import pytest
 
 from dmrl import cost, flops, models
 from dmrl.diffusion import sampler
+from dmrl.models import logprob
 
 CFG = models.Config(
     vocab_size=32,
@@ -66,3 +67,27 @@ def test_a_gradient_pass_of_the_body_costs_what_the_formula_says(remat):
     # A layer's last product need not be done again: nothing but its result depends on it.
     again = one - 2 * cfg.n_layers * 6 * cfg.mlp_hidden_size * cfg.d_model if remat == "full" else 0
     assert count(jax.grad(value), params) == 2 * (3 * one + again)
+
+
+def test_a_loop_that_may_end_early_counts_as_often_as_it_can_run():
+    def program(x, stop):
+        def left(state):
+            return (state[0] < stop) & (state[0] < 7)
+
+        return jax.lax.while_loop(left, lambda s: (s[0] + 1, s[1] @ x), (0, x))[1]
+
+    x = jnp.ones((4, 4))
+    assert flops.matmul_flops(jax.make_jaxpr(program)(x, 3)) == 7 * 2 * 4**3
+
+
+def test_rows_that_may_be_left_out_of_the_head_are_counted(monkeypatch):
+    monkeypatch.setattr(logprob, "TILE", 8)
+    monkeypatch.setattr(logprob, "CHUNK", 64)
+    hidden, kernel, labels = jnp.ones((32, 4)), jnp.ones((4, 256)), jnp.zeros((32, 1), jnp.int32)
+
+    def value(hidden, needed):
+        return jnp.sum(logprob.log_prob(hidden, kernel, labels, None, needed))
+
+    every = jnp.ones(32, bool)
+    some = flops.matmul_flops(jax.make_jaxpr(jax.grad(value))(hidden, every))
+    assert some == flops.matmul_flops(jax.make_jaxpr(jax.grad(lambda h: value(h, None)))(hidden))

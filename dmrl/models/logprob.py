@@ -211,7 +211,13 @@ class _Tiles:
             new, more = f(jax.tree.map(cut, state[0]), *jax.tree.map(cut, rows))
             return jax.tree.map(put, state[0], new), jax.tree.map(jnp.add, state[1], more)
 
-        return jax.lax.fori_loop(0, self.count, tile, (own, total))
+        most = (self.order.shape[0] + self.spare) // TILE  # for who counts operations
+
+        def left(state: tuple[Any, jax.Array]) -> jax.Array:
+            return (state[1] < self.count) & (state[1] < most)
+
+        start = ((own, total), jnp.zeros((), jnp.int32))
+        return jax.lax.while_loop(left, lambda s: (tile(s[1], s[0]), s[1] + 1), start)[0]
 
 
 def _forward(

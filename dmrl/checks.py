@@ -119,7 +119,10 @@ def agree(terms: Sequence[Term], config: Mapping[str, Any]) -> None:
                 )
 
 
-OWN_FIELDS = ("dtype", "param_dtype", "remat", "lora_rank", "lora_alpha", "int8")
+OWN_FIELDS = (
+    *("dtype", "param_dtype", "remat", "attention"),
+    *("lora_rank", "lora_alpha", "int8"),
+)
 """Fields of the model's Config that a run may choose whatever its initial weights say."""
 
 

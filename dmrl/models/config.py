@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from dmrl.models.attention import KINDS, TILE
+
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -38,6 +40,8 @@ class Config:
     remat: str = "full"
     lora_rank: int = 0
     lora_alpha: float = 64.0
+    attention: str = "xla"
+    """`xla`, or `splash`, JAX's kernel for TPUs, for sequences of thousands of tokens."""
     int8: bool = False
     """The layers' weights in a byte each (`dmrl.models.int8`), beside an adapter; on disk they are
     as ever."""
@@ -51,6 +55,12 @@ class Config:
             raise ValueError(f"head width {self.d_model // self.n_heads} is odd: RoPE needs pairs")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat={self.remat!r}: choose one of {', '.join(REMAT_POLICIES)}")
+        if self.attention not in KINDS:
+            raise ValueError(f"attention={self.attention!r}: choose one of {', '.join(KINDS)}")
+        if self.attention == "splash" and self.head_dim % TILE:
+            raise ValueError(
+                f"attention='splash' takes heads of a multiple of {TILE}, not {self.head_dim} wide"
+            )
         if self.int8 and not self.lora_rank:
             raise ValueError(
                 "int8=True rounds weights that stay as they are, but without an adapter all are "

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
+from dmrl.models.attention import BATCH_AXES, attend
 from dmrl.models.config import Config
 from dmrl.models.int8 import Int8
 
@@ -41,9 +42,6 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
-
-
-BATCH_AXES = ("data", "fsdp")
 
 
 class RMSNorm(nn.Module):
@@ -146,7 +144,7 @@ class Attention(nn.Module):
         window: Window | None = None,
         store: KeyValue | None = None,
     ) -> tuple[Float[Array, "m d"], KeyValue]:
-        cfg, (batch, seq) = self.cfg, valid.shape
+        cfg, batch = self.cfg, valid.shape[0]
         asking = x.reshape(batch, -1, cfg.d_model)
         asking = asking if store else cut(asking, window)
         width = asking.shape[1]
@@ -167,14 +165,9 @@ class Attention(nn.Module):
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), window[0], axis=1)
                 for old, new in zip(store, (k, v), strict=True)
             )
-        mask = jnp.broadcast_to(valid[:, None, None, :], (batch, 1, width, seq))
-        with jax.default_matmul_precision(_PRECISION_NAME[cfg.dtype]):
-            y = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        y = attend(q, k, v, valid, cfg.attention)
         out = Linear(cfg, cfg.d_model, init_scale=0.5 / cfg.n_layers, name="attn_out")
         return out(y.reshape(batch * width, cfg.d_model)), (k, v)
-
-
-_PRECISION_NAME = {"float32": "highest", "bfloat16": "default", "float16": "default"}
 
 
 class Block(nn.Module):

@@ -227,11 +227,11 @@ def llada_8b(
 
     LoRA of rank 128, 256 tokens in 128 steps and blocks of 32, 16 prompts of 6 completions,
     AdamW 3e-6 (the dataclass's defaults). `optimizer`, `sampling` and `loop` override values.
-    Up to 256 tokens of a prompt, of mathematics 1,024: some problems come with drawings in code,
-    while most batches fit the buckets of 256 and 512; d1 cuts prompts to their last 200 tokens
+    Up to 256 tokens of a prompt, of MATH and programs 1,024: some problems are long, while most
+    batches fit the buckets of 256 and 512; d1 cuts prompts to their last 200 tokens
     (max_prompt_length=200, long_prompts=cut). With worked examples up to SPG's 1,500.
     """
-    longest = 1024 if task.name == "math500" else 256
+    longest = 1024 if task.name in ("math500", "mbpp") else 256
     decoding = {"length": 256, "steps": 128, "block_length": 32, "temperature": 0.9}
     stage = {"prompts_per_step": 16, "num_generations": 6, "microbatches": 4, "rollout_chunks": 4}
     stage |= {"checkpoint_every": 10, "refill": task.name != "mbpp"}  # programs take long to run
@@ -240,7 +240,7 @@ def llada_8b(
         tokenizer="",  # the folder of model.init_from, unless named
         model=make_model(lora_rank=128, lora_alpha=64.0),
         max_prompt_length=1500 if task.get("shots") else longest,
-        prompt_buckets=(256, 512) if task.name == "math500" else (),
+        prompt_buckets=(256, 512) if longest > 256 else (),
         sampling=section(Sampling, **(decoding | (sampling or {}))),
         terms=terms,
         optimizer=section(optim.Optimizer, **(optimizer or {})),

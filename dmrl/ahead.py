@@ -28,6 +28,8 @@ class Traced(NamedTuple):
     arguments: Any
     beside: Any
     """Tree of arrays that are kept while it runs and that it does not take."""
+    runs: int = 1
+    """How often an outer step runs it."""
 
 
 def programs(recipe: Recipe, mesh: Mesh) -> Iterator[Traced]:
@@ -43,12 +45,12 @@ def programs(recipe: Recipe, mesh: Mesh) -> Iterator[Traced]:
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=parallel.replicated(mesh))
     behaviour = state.trainable if state.teacher is None else state.teacher
-    rollout = made.trace_rollout(behaviour, frozen, _prompts(recipe, mesh), key)
+    chunks = 1 if made.slots else recipe.loop.rollout_chunks
+    rollout = made.trace_rollout(behaviour, frozen, _prompts(recipe, mesh, chunks), key)
     used = part_of(behaviour, frozen)
     mine, arguments = (frozen if used is None else ()), (behaviour, used)
-    yield Traced("rollout", rollout, arguments, (_others(state), mine))
+    yield Traced("rollout", rollout, arguments, (_others(state), mine), chunks)
     done, probes = _scored(made, rollout.out_info)
-    chunks = recipe.loop.rollout_chunks
     update = made.trace_update(state, frozen, [done] * chunks, [probes] * chunks, key)
     yield Traced("update", update, (state, frozen), ())
 
@@ -86,8 +88,8 @@ def _weights(recipe: Recipe, mesh: Mesh) -> tuple[Any, Any]:
     return laid_out(mesh, trainable), laid_out(mesh, frozen)
 
 
-def _prompts(recipe: Recipe, mesh: Mesh) -> tuple[Any, ...]:
-    count = recipe.loop.prompts_per_step // recipe.loop.rollout_chunks
+def _prompts(recipe: Recipe, mesh: Mesh, chunks: int) -> tuple[Any, ...]:
+    count = recipe.loop.prompts_per_step // chunks
     lengths = (recipe.max_prompt_length, recipe.max_prompt_length, recipe.sampling.length)
     dtypes = (jnp.int32, jnp.bool_, jnp.int32)
     return tuple(

@@ -156,8 +156,12 @@ with one queue for all, and only its last slots stay empty."""
 
 
 def queue(size: int, batch: int) -> int:
-    """Examples of a queue, for `size` of them in batches of `batch`: the same for every queue."""
-    return -(-size // -(-size // (QUEUE * batch)))
+    """Examples of a queue, for `size` of them in batches of `batch`: the same for every queue.
+
+    Two at least where a batch is not enough, so that one can be timed without compiling.
+    """
+    count = -(-size // (QUEUE * batch))
+    return max(-(-size // max(count, 2)), batch)
 
 
 def in_order(size: int, batch: int) -> Iterator[tuple[np.ndarray, int]]:

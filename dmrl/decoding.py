@@ -57,7 +57,8 @@ def rollouts(
     seed: int,
     buckets: tuple[int, ...] = (),
 ) -> Iterator[tuple[NDArray[np.int64], Rollout]]:
-    """(numbers of the prompts, their completions in numpy), `batch` prompts at a time.
+    """(numbers of the prompts, their completions in numpy), `batch` prompts at a time, or queues of
+    up to 8 times as many where slots refill.
 
     Args:
       templates: a completion with the mask where the model fills, for every prompt; None: the

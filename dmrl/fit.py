@@ -73,7 +73,7 @@ def compiled(program: Traced, recipe: Recipe, mesh: Mesh, where: Slice) -> Fit:
     """Compiles `program` and says how it fits."""
     work = flops.matmul_flops(program.traced.jaxpr)
     beside, given = _share(program.beside), _share(program.arguments)
-    runs = recipe.loop.rollout_chunks if program.name == "rollout" else 1
+    runs = program.runs
     count, chip = mesh.devices.size, where.chip
     fit = Fit(
         program.name,

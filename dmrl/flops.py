@@ -42,6 +42,8 @@ def _most(condition: Jaxpr) -> int:
     bounds = [
         eqn.invars[1].val
         for eqn in condition.eqns
-        if eqn.primitive.name == "lt" and isinstance(eqn.invars[1], Literal)
+        if eqn.primitive.name == "lt"
+        and isinstance(eqn.invars[1], Literal)
+        and getattr(eqn.invars[0].aval, "shape", None) == ()
     ]
     return int(min(bounds, default=1))

@@ -1,4 +1,4 @@
-"""Held-out splits: tokenized once, decoded with a few samplings, each compiled once."""
+"""Held-out splits: tokenized once, decoded with a few samplings, compiled once a size of split."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

@@ -57,7 +57,8 @@ def in_pieces(denoiser: Denoiser, count: int) -> Denoiser:
             rows = args[0].shape[0]
             if args[0].ndim < 2 or rows % count:
                 return f(*args)
-            out = jax.lax.map(lambda piece: f(*piece), [strided(x, count) for x in args])
+            cuts = jax.tree.map(lambda x: strided(x, count), args)  # None stays None
+            out = jax.lax.map(lambda piece: f(*piece), cuts)
             return jnp.moveaxis(out, 0, 1).reshape(rows, *out.shape[2:])
 
         return by_piece

@@ -190,7 +190,7 @@ def line(result: dict[str, Any]) -> str:
     told += [f"pass@{k} {100 * v:.1f} %" for k, v in result.get("pass_at", {}).items()]
     told.append(f"mean length {result['mean_length']:.1f}")
     speed = result["tokens_per_s"]
-    told.append(f"{speed:.0f} tokens/s" if speed else "speed unknown: one batch, which compiled")
+    told.append(f"{speed:.0f} tokens/s" if speed else "speed unknown: one call, which compiled")
     return ", ".join([*told, f"n {result['n']}", f"protocol {result['hash']}"])
 
 

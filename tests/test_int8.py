@@ -87,6 +87,22 @@ def test_every_way_to_read_the_model_is_that_of_the_rounded_weights():
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want)) > 0.1
 
 
+def test_products_and_their_gradients_stay_in_the_compute_type():
+    narrow = dataclasses.replace(CFG, dtype="bfloat16")
+    tokens, valid = sample()
+    tree = variables()[0]
+
+    def value(lora):
+        denoiser = bind(narrow, {"params": tree["params"], "lora": lora})
+        return jnp.sum(denoiser.encode(tokens, valid).astype(jnp.float32) ** 3)
+
+    text = str(jax.make_jaxpr(jax.grad(value))(tree["lora"]))
+    layers = [line for line in text.splitlines() if "dot_general" in line]
+    assert any("bf16" in line for line in layers)
+    wide = [line for line in layers if ":f32[" in line.split("=")[0]]
+    assert not [line for line in wide if "36," in line.split("=")[0]], wide
+
+
 def test_stored_weights_are_rounded_as_they_are_read(tmp_path):
     fresh = init(TINY, jax.random.key(0))["params"]
     weights.save_weights(tmp_path / "w", TINY, fresh)

@@ -9,6 +9,7 @@ import pytest
 import simulated
 import tiny
 
+from dmrl import models
 from dmrl.diffusion import refill, sampler
 from dmrl.diffusion.sampling import Sampling
 
@@ -65,6 +66,25 @@ def test_rules_go_with_slots(options):
     want, got = together(queue(), config), refilled(queue(), config)
     for name in NAMES:
         np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"cfg_scale": 0.5}], ids=str)
+def test_a_model_that_reads_windows_reads_each_rows_own(options):
+    cfg = models.Config(vocab_size=8, mask_token_id=7, eos_token_id=2, d_model=16, n_layers=2,
+                        n_heads=2, n_kv_heads=2, mlp_hidden_size=16, max_sequence_length=32,
+                        dtype="float32", param_dtype="float32", remat="none")  # fmt: skip
+    params = jax.jit(lambda: models.init(cfg, jax.random.key(0)))()["params"]
+    config = Sampling(**({"length": LENGTH, "steps": 8, "block_length": 2} | options))
+    prompt, valid, template, row, group = queue()
+    template = jnp.where(template == tiny.MASK, 7, template)
+    args = (prompt, valid, template, row, group, jax.random.key(0), config)
+
+    def run(f, **more):
+        return jax.jit(lambda p: f(models.bind(cfg, {"params": p}), *args, **more))(params)
+
+    want, got = run(sampler.sample, stop_at_eos=True), run(refill.sample, slots=4)
+    for name in NAMES:
+        np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=0, atol=1e-5)
 
 
 def test_work_follows_the_mean_length():

@@ -7,7 +7,7 @@ import pytest
 from dmrl import tasks
 from dmrl.tasks import gsm8k, math500, traces
 
-SOLD = "She sold 48/2 = 24 clips in May. So 48+24 = 72 in all.\nNot 1,072 or 72a. That is $72$."
+SOLD = "She sold 48/2 = 24 clips in May. So 48+24 = 72 in all.\nNot 1,072. That is 72km."
 
 
 def given(pieces):
@@ -21,7 +21,7 @@ def test_sentences_with_the_answer_are_kept_back(style):
     pieces = task.trace(example)
     assert "".join(text for text, _ in pieces) == task.answer(example)
     opening = "" if style == "compact" else "<reasoning>\n"
-    assert given(pieces) == f"{opening}She sold 48/2 = 24 clips in May.\nNot 1,072 or 72a."
+    assert given(pieces) == f"{opening}She sold 48/2 = 24 clips in May.\nNot 1,072."
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,10 @@ def test_sentences_with_the_answer_are_kept_back(style):
         ("1000", "It is 1,000 in all."),
         ("1000", r"It is 1{,}000 then."),
         ("1000", r"It is 1,\!000 then."),
+        (r"15,\!625", "Get $15625$ so."),
+        ("15625", r"Get $15\,625$ so."),
+        ("12", "So 3*4=12km in all."),
+        (r"\frac{3}{4}", r"It is \boxed{\dfrac{3}{4}} here."),
         ("x^2", "Then x^2 + 1 is it."),
         ("5", "Five, 5.0, say."),
         ("(1, 2)", "The point (1,2) is it."),
@@ -50,6 +54,9 @@ def test_the_last_sentence_is_never_given_away():
 def test_without_a_solution_there_is_no_trace():
     task = tasks.load("math500", equality="string")
     assert task.trace(math500.Example("Why?", "7")) is None
+    unboxed = math500.Example("Why?", "7", "Three and four. Seven.")
+    assert tasks.load("math500", equality="string", style="compact").trace(unboxed) is None
+    assert task.trace(unboxed) is not None
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "math500"])

@@ -21,7 +21,9 @@ def guided(denoiser: Denoiser, scale: float, prompt_length: int) -> Denoiser:
             prompt = jnp.expand_dims(jnp.arange(tokens.shape[1]) < prompt_length, 0)
             blind = jnp.where(prompt, denoiser.mask_id, tokens)
             twice = (jnp.concatenate([tokens, blind]), jnp.concatenate([valid, valid]))
-            cond, uncond = jnp.split(read(*twice, *where).astype(jnp.float32), 2)
+            # A window's start, where each row has its own.
+            own = [jnp.concatenate([x, x]) if getattr(x, "ndim", 0) else x for x in where]
+            cond, uncond = jnp.split(read(*twice, *own).astype(jnp.float32), 2)
             return uncond + (scale + 1) * (cond - uncond)
 
         return both

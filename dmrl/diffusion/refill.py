@@ -32,6 +32,8 @@ class _Slots(NamedTuple):
     """The first row that has not begun."""
     done: State
     """Of all rows [Q,L]; those that have ended."""
+    turn: Int[Array, ""]
+    """Blocks that have been walked."""
 
 
 def able(config: Sampling) -> bool:
@@ -116,10 +118,18 @@ def sample(
             pin(jax.tree.map(choose, fresh, state)),
             slots.following + jnp.sum(leaves, dtype=jnp.int32),
             done,
+            slots.turn + 1,
         )
 
     first = jnp.arange(slots, dtype=jnp.int32)
     empty = begin(config, template, denoiser.mask_id)
-    start = _Slots(first, jnp.zeros_like(first), load(first), jnp.int32(slots), empty)
-    end = jax.lax.while_loop(lambda s: jnp.any(s.row < rows), block, start)
+    zero = jnp.int32(0)
+    start = _Slots(first, jnp.zeros_like(first), load(first), jnp.int32(slots), empty, zero)
+    # Row k begins in turn k // slots * blocks at the latest, so this many always suffice.
+    most = -(-rows // slots) * config.blocks
+
+    def left(state: _Slots) -> Bool[Array, ""]:
+        return jnp.any(state.row < rows) & (state.turn < most)
+
+    end = jax.lax.while_loop(left, block, start)
     return rollout_of(denoiser, (prompt, prompt_valid, row, group), end.done, stop_at_eos=True)

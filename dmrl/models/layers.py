@@ -72,8 +72,8 @@ class Linear(nn.Module):
         init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "normal")
         kernel = self.param("kernel", init, (fan_in, self.features), jnp.dtype(cfg.param_dtype))
         if isinstance(kernel, Int8):
-            wide = dot(x, kernel.values, jnp.float32) * jnp.expand_dims(kernel.scale, 0)
-            y = wide.astype(x.dtype)
+            scaled = dot(x, kernel.values).astype(jnp.float32) * jnp.expand_dims(kernel.scale, 0)
+            y = scaled.astype(x.dtype)  # the cotangent comes back in x's type, too
         else:
             y = dot(x, kernel)
         adapted = self.is_initializing() or self.has_variable("lora", "a")

@@ -45,6 +45,8 @@ class Cut(NamedTuple):
     """Pieces of the columns."""
     pieces: int = 1
     """Pieces of the rows that are gathered."""
+    parts: int = 1
+    """Pieces of the rows."""
 
 
 def _cut(rows: int, vocab: int) -> Cut:
@@ -59,7 +61,7 @@ def _cut(rows: int, vocab: int) -> Cut:
     cuts = [tuple(a for a in axes if size((a,)) > 1) for axes in (BATCH_AXES, BATCH_AXES[:1], ())]
     cut = next(axes for axes in cuts if rows % size(axes) == 0)
     gathered = tuple(a for a in cut if a in columns)
-    return Cut(cut, columns, gathered, size(columns), size(gathered))
+    return Cut(cut, columns, gathered, size(columns), size(gathered), size(cut))
 
 
 def logits(
@@ -98,7 +100,7 @@ def log_prob(
         rows = logits(hidden, kernel, dropped)
         picked = jnp.take_along_axis(rows, labels, axis=-1)
         return picked - jax.nn.logsumexp(rows, axis=-1, keepdims=True)
-    if math.prod(hidden.shape[:-1]) <= TILE:
+    if math.prod(hidden.shape[:-1]) // cut.parts * cut.pieces <= TILE:  # that a device walks
         needed = None
     if needed is None and not cut.columns:
         cut = Cut()

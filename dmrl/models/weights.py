@@ -208,7 +208,7 @@ def load_base(directory: str | os.PathLike[str], shardings: Any, cfg: Config) ->
     return load_weights(directory, shardings, each=each)[1]
 
 
-_rounded = jax.jit(int8.rounded, donate_argnums=0)
+_rounded = jax.jit(int8.rounded)
 
 
 def _read_slice(store: ts.TensorStore, index: tuple[slice, ...]) -> np.ndarray:

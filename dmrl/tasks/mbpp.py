@@ -92,6 +92,8 @@ class Task(FreeText):
     def prompt(self, example: Example) -> str:
         """The description and the tests that are shown, after worked problems."""
         worked = shots_of(self, self.shots, self.split_seed)
+        if not all(shot.solution for shot in worked):
+            raise ValueError(f"shots={self.shots}: some of the rows drawn have no solution to show")
         shots = [(self._asked(shot), shot.solution) for shot in worked]
         return programs.prompt(self.style, self._asked(example), shots)
 

@@ -120,6 +120,7 @@ def _account(fit: Fit, done: Any, chip: Chip | None) -> Fit:
 
 
 _USED = re.compile(r"Used ([\d.]+)([KMGT]) of")
+_WANTED = re.compile(r"HLO temporaries \(([\d.]+)([KMGT])\)")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -127,8 +128,11 @@ def _refused(fit: Fit, message: str) -> Fit:
     """The compiler ran out of the device's memory, and says how much it wanted."""
     if "RESOURCE_EXHAUSTED" not in message and "memory" not in message:
         raise RuntimeError(f"{fit.program} does not compile for {fit.topology}: {message[:2000]}")
-    used = _USED.search(message)
-    total = float(used[1]) * _UNITS[used[2]] if used else 0.0
+    used, wanted = _USED.search(message), _WANTED.search(message)
+    found = used or wanted
+    total = float(found[1]) * _UNITS[found[2]] if found else 0.0
+    if found and not used:  # without the arguments
+        total += fit.arguments
     return fit._replace(
         temporaries=max(total - fit.arguments, 0.0),
         peak=total + fit.beside,

@@ -53,6 +53,10 @@ def test_a_compiler_out_of_memory_is_a_result_and_anything_else_an_error():
     found = fit._refused(result(beside=1e9), text)
     assert found.peak == 40 * 2**30 + 1e9
     assert "Ran out of memory" in found.error
+    text = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+    found = fit._refused(result(held=3e9), f"{text}temporaries (25.00G) exceeds available HBM.")
+    assert found.peak == 25 * 2**30 + 3e9
+    assert found.temporaries == 25 * 2**30
     with pytest.raises(RuntimeError, match="update does not compile for v5e-16: INTERNAL"):
         fit._refused(result(), "INTERNAL: no such thing")
 

@@ -28,8 +28,8 @@ CHUNK = 4096
 """Columns of the vocabulary held at a time. A vocabulary up to this size is one chunk."""
 SMALLEST = 512
 """Columns below which a chunk is not cut further for the rows that a device gathers."""
-TILE = 256
-"""Rows of a tile, where some rows are not needed."""
+TILE = 128
+"""Rows of a tile, where some rows are not needed: half of one is wasted on average."""
 HEAD_AXES = ("fsdp", "tensor")
 """Mesh axes over which the head's columns are cut (`dmrl.parallel.RULES`)."""
 

@@ -60,7 +60,13 @@ def prepared(name, options):
     return term, trio, batch, idle and np.asarray(idle(batch, term.hyper))
 
 
-@pytest.mark.parametrize("name", METHODS)
+def some_quick(names, quick):
+    """All of them, those that are not `quick` among the slow tests."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+# The others share `surrogate.idle` with diffu_grpo.
+@pytest.mark.parametrize("name", some_quick(METHODS, {"diffu_grpo", "dispo", "spg", "wd1"}))
 def test_idle_items_have_no_gradient_and_only_they(name):
     term, trio, batch, idle = prepared(name, METHODS[name])
     assert 0 < idle.sum() < len(idle)
@@ -86,7 +92,7 @@ READERS = METHODS | {
 }
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", some_quick(READERS, {"spg", "dispo", "mdpo"}))
 def test_positions_that_are_not_needed_are_never_read(name, monkeypatch):
     """Neither by the loss nor by its gradient nor by what is scored before it."""
     asked = []

@@ -5,6 +5,7 @@ says which terms it trains there, and what its paper does differently.
 """
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -268,6 +269,11 @@ def published(task: str, shots: int = 0, reward: str = "published") -> ConfigDic
     return make_task(name, style="published", reward=reward)
 
 
+def per_task(make: Callable[[str], ConfigDict], *names: str) -> dict[str, Any]:
+    """Presets that differ in the task alone: `make(name)` under each name."""
+    return {name: functools.partial(make, name) for name in names}
+
+
 def preset(arg: str | None, presets: dict[str, Any]) -> ConfigDict:
     """The preset that `--config=FILE:arg` names; the first one without an argument."""
     name = arg or next(iter(presets))
@@ -284,6 +290,7 @@ __all__ = [
     "make_model",
     "make_task",
     "make_warm_start",
+    "per_task",
     "preset",
     "published",
     "section",

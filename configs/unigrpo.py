@@ -18,32 +18,12 @@ from configs.common import term
 
 
 def get_config(arg=None):
-    presets = {"tiny": tiny, "sudoku": sudoku, "countdown": countdown}
-    return common.preset(arg, presets | {"gsm8k": gsm8k, "math": math, "code": code})
+    others = common.per_task(_llada, "sudoku", "countdown", "gsm8k", "math", "code")
+    return common.preset(arg, {"tiny": tiny} | others)
 
 
 def tiny():
     return common.tiny_sudoku({"unigrpo": term("unigrpo", 1.0, beta=0.0)})
-
-
-def sudoku():
-    return _llada("sudoku")
-
-
-def countdown():
-    return _llada("countdown")
-
-
-def gsm8k():
-    return _llada("gsm8k")
-
-
-def math():
-    return _llada("math")
-
-
-def code():
-    return _llada("code")
 
 
 def _llada(task):

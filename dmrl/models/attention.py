@@ -6,6 +6,7 @@ per cent of the work.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -48,8 +49,7 @@ def splash(q: Any, k: Any, v: Any, valid: Any, interpret: bool = False) -> Any:
     """JAX's splash kernel, each device its own rows and heads."""
     shape = jax.sharding.get_abstract_mesh().shape
     rows = tuple(a for a in BATCH_AXES if shape.get(a, 1) > 1)
-    parts = [shape[a] for a in rows]
-    if q.shape[0] % max(functools.reduce(int.__mul__, parts, 1), 1):
+    if q.shape[0] % math.prod(shape[a] for a in rows):
         rows = ()
     heads = "tensor" if shape.get("tensor", 1) > 1 and k.shape[2] % shape["tensor"] == 0 else None
     own = functools.partial(_own, interpret=interpret)

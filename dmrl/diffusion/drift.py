@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from dmrl.diffusion import stored
 from dmrl.diffusion.divergence import categorical_kl
+from dmrl.diffusion.noise import favourite
 from dmrl.diffusion.probe import state_at, steps_taken
 from dmrl.diffusion.sampling import Sampling
 from dmrl.types import Denoiser, Metrics, PRNGKey, Rollout
@@ -72,7 +73,7 @@ def measure(denoiser: Denoiser, rollout: Rollout, config: Sampling, key: PRNGKey
         p, q = (jax.nn.log_softmax(denoiser.logits(x[0])) for x in (exact, hidden))
         open_ = jax.lax.dynamic_slice_in_dim(pair[1], start, width) == denoiser.mask_id
         share = open_ / jnp.maximum(jnp.sum(open_), 1)
-        same = jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)
+        same = favourite(p) == favourite(q)
         return jnp.sum(categorical_kl(p, q) * share), jnp.sum(same * share)
 
     kl, same = jax.lax.map(one, (rollout.prompt, rollout.prompt_valid, states, at.start))

@@ -17,11 +17,33 @@ def fold_in(keys: RowKeys, value: int | jax.Array) -> RowKeys:
     return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(value, keys.shape))
 
 
-def perturb(
+def categorical(
     keys: RowKeys, logits: Float[Array, "b l v"], temperature: float
-) -> Float[Array, "b l v"]:
-    """logits + T * Gumbel in float32: its argmax is a sample of softmax(logits / T)."""
+) -> Int[Array, "b l"]:
+    """A token at every position, of softmax(logits / T): argmax of logits + T * Gumbel, float32.
+
+    At T = 0 the favourite, of equal ones the first.
+    """
     if temperature == 0:
-        return logits
+        return favourite(logits)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
-    return logits + temperature * noise
+    return favourite(logits + temperature * noise)
+
+
+def favourite(x: Float[Array, "*b v"]) -> Int[Array, "*b"]:
+    """The first of the largest along the last axis: argmax, int32."""
+    return jax.lax.platform_dependent(x, cpu=_by_value, default=_argmax)
+
+
+def _argmax(x: Float[Array, "*b v"]) -> Int[Array, "*b"]:
+    return jnp.argmax(x, axis=-1).astype(jnp.int32)
+
+
+def _by_value(x: Float[Array, "*b v"]) -> Int[Array, "*b"]:
+    """Two plain reductions: a CPU does not vectorise a search for value and place at once.
+
+    Nor the noise that XLA fuses into it: 96 rows of 1,024 took 1.87 instead of 0.49 ms (measured).
+    """
+    last = x.shape[-1] - 1
+    place = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    return jnp.min(jnp.where(x == jnp.max(x, axis=-1, keepdims=True), place, last), axis=-1)

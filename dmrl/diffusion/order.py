@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dmrl.diffusion.noise import favourite
 from dmrl.types import TOP, RowKeys
 
 Score = Float[Array, "b l"]
@@ -71,7 +72,7 @@ class Margin(LowConfidence):
     def measure(self, log_p: Float[Array, "*b v"], chosen: Float[Array, "*b"]) -> Any:
         """The margin."""
         del chosen
-        best = jnp.argmax(log_p, axis=-1, keepdims=True)
+        best = favourite(log_p)[..., None]
         column = jnp.expand_dims(jnp.arange(log_p.shape[-1]), range(log_p.ndim - 1))
         others = jnp.where(column == best, -jnp.inf, log_p)
         return jnp.exp(jnp.max(log_p, axis=-1)) - jnp.exp(jnp.max(others, axis=-1))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dmrl.diffusion.likelihood import completion_hidden, over_positions
-from dmrl.diffusion.noise import fold_in, perturb, row_keys
+from dmrl.diffusion.noise import categorical, fold_in, row_keys
 from dmrl.types import Denoiser, PRNGKey, Probe, ProbePlan, Rollout
 
 
@@ -75,8 +75,7 @@ def fill(denoiser: Denoiser, rollout: Rollout, plan: ProbePlan, key: PRNGKey) ->
             logits, chunk_keys = denoiser.logits(hidden_chunk), fold_in(state_keys, chunk)
 
             def filling(z):
-                noisy = perturb(fold_in(chunk_keys, z), logits, plan.temperature)
-                return jnp.argmax(noisy, axis=-1)
+                return categorical(fold_in(chunk_keys, z), logits, plan.temperature)
 
             return jax.vmap(filling, out_axes=1)(jnp.arange(plan.fillings))
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from dmrl.diffusion.guidance import nucleus
 from dmrl.diffusion.likelihood import POSITIONS, over_positions
-from dmrl.diffusion.noise import fold_in, perturb
+from dmrl.diffusion.noise import categorical, fold_in
 from dmrl.diffusion.order import entropy_of
 from dmrl.diffusion.sampling import Sampling
 from dmrl.types import Denoiser, RowKeys
@@ -33,8 +33,7 @@ def draw(
 ) -> tuple[Int[Array, "b w"], Float[Array, "b w v"]]:
     """A token at every position, by temperature and nucleus; the logits that the nucleus keeps."""
     kept = nucleus(logits, config.top_p, config.temperature)
-    token = jnp.argmax(perturb(keys, kept, config.temperature), axis=-1)
-    return token.astype(jnp.int32), kept
+    return categorical(keys, kept, config.temperature), kept
 
 
 def propose(

@@ -23,7 +23,7 @@ from absl import app, flags  # noqa: E402
 
 from benchmarks import peer, timing  # noqa: E402
 from benchmarks.shapes import SHAPES, T0, Shape  # noqa: E402
-from dmrl import cost, models  # noqa: E402
+from dmrl import cost, heap, models  # noqa: E402
 from dmrl.diffusion import refill  # noqa: E402
 from dmrl.diffusion.sampler import Sampling, sample  # noqa: E402
 from dmrl.types import Denoiser  # noqa: E402
@@ -306,6 +306,7 @@ def main(argv: list[str]) -> None:
     """Checks, times, prints."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    heap.keep_pages()  # as launch/train.py does
     torch.set_num_threads(timing.cores())
     rows, details = [], {}
     for name in _SHAPES.value:

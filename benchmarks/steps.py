@@ -27,7 +27,7 @@ from absl import app, flags  # noqa: E402
 from benchmarks import runs, timing  # noqa: E402
 from benchmarks.shapes import SHAPES, F, Shape  # noqa: E402
 from configs import sudoku_dispo  # noqa: E402
-from dmrl import cost, models, optim, parallel, recipe, trainer  # noqa: E402
+from dmrl import cost, heap, models, optim, parallel, recipe, trainer  # noqa: E402
 from dmrl.objective import Term, make_term, needs  # noqa: E402
 from dmrl.programs import Programs, TrainState  # noqa: E402
 
@@ -306,6 +306,7 @@ def main(argv: list[str]) -> None:
     """Checks, times, prints."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    heap.keep_pages()
     if _START.value:
         return start()
     shape = SHAPES[_SHAPE.value]

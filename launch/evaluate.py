@@ -101,9 +101,10 @@ def decode() -> None:
     """Decodes the split at every length and writes results."""
     import jax
 
-    from dmrl import accuracy, orders, parallel, policy, processes, recipe, trainer
+    from dmrl import accuracy, heap, orders, parallel, policy, processes, recipe, trainer
 
     logging.getLogger("jax").setLevel(logging.WARNING)
+    heap.keep_pages()
     processes.join()
     made = recipe.build(chosen_config())
     asked = accuracy.Asked(

@@ -115,8 +115,9 @@ def prompts() -> list[dict[str, Any]]:
 
 def completed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with the completions of --checkpoint; the page of --trace is written."""
-    from dmrl import generation, policy, recipe, viewer
+    from dmrl import generation, heap, policy, recipe, viewer
 
+    heap.keep_pages()
     for place in filter(None, (CHECKPOINT.value, COMPARE.value)):
         policy.folder(place)  # both before the work of the first
     logging.getLogger("jax").setLevel(logging.WARNING)

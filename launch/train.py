@@ -28,11 +28,12 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: options start with --config.")
     import jax
 
-    from dmrl import console, parallel, processes, recipe, trainer
+    from dmrl import console, heap, parallel, processes, recipe, trainer
     from dmrl.checkpoint import CheckpointError
 
     logging.getLogger("jax").setLevel(logging.WARNING)
     config = CONFIG.value.to_dict()
+    heap.keep_pages()
     try:
         processes.join()
         made = recipe.build(config)

@@ -50,6 +50,7 @@ RULES = {
     "dmrl.parallel": Doors(NUMERIC, set()),
     "dmrl.pieces": Doors(NUMERIC, {"dmrl.types"}),
     "dmrl.processes": Doors(NUMERIC, set()),
+    "dmrl.heap": Doors(set(), set()),
     "dmrl.rescue": Doors({"numpy"}, set()),
     "dmrl.checkpoint": Doors(NUMERIC | {"orbax"}, set()),
     "dmrl.optim": Doors(NUMERIC | {"optax"}, set()),

@@ -68,6 +68,8 @@ class Programs:
     slots: int = 0
     """Rows at work at a time in a rollout of more rows than these: the next one takes the place
     of one that has ended (see `with_slots`). 0: all of them."""
+    whole_text: bool = False
+    """Whether rewards read what follows EOS."""
 
     def with_slots(self, rows: int) -> "Programs":
         """The same with `slots`, if sampling can refill and nothing after EOS matters."""
@@ -167,11 +169,11 @@ class Programs:
 
     @property
     def stops_at_eos(self) -> bool:
-        """Whether nothing after a completion's EOS matters to any term (rewards never see it)."""
+        """Whether nothing after a completion's EOS matters, to any term or to rewards."""
         assert self.sampling is not None
         blind = [getattr(t.algorithm, "BLIND_AFTER_EOS", False) for t in self.terms]
         several = self.sampling.blocks > 1 and not self.sampling.remasks
-        return several and all(blind)
+        return several and all(blind) and not self.whole_text
 
     @functools.cached_property
     def _rollout(self) -> Any:

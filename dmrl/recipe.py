@@ -65,6 +65,9 @@ class Evaluation:
     """Completions of each split that the report shows step by step."""
 
 
+REWARD_TEXTS = ("upto_eos", "full")
+
+
 @dataclasses.dataclass(frozen=True)
 class Loop:
     """The outer loop of stage 2."""
@@ -89,6 +92,10 @@ class Loop:
     """Where completions end early and nothing after EOS matters to any term: all prompts of a step
     in a queue instead, and as many rows at work as a piece has; rewards then wait for the last
     completion. False for rewards that take long."""
+    reward_text: str = "upto_eos"
+    """What rewards in training read of a completion, one of REWARD_TEXTS: the text before its
+    first EOS, or all of it, as in the code of d1 and SPG, so that sampling cannot stop at EOS.
+    Evaluations read the former."""
     checkpoint_every: int = 50
     checkpoints_kept: int = 2
     completions_every: int = 50
@@ -105,6 +112,10 @@ class Loop:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.reward_text not in REWARD_TEXTS:
+            raise ValueError(
+                f"reward_text={self.reward_text!r}: choose one of {', '.join(REWARD_TEXTS)}"
+            )
         if self.prompts_per_step % self.rollout_chunks:
             raise ValueError(
                 f"rollout_chunks={self.rollout_chunks} does not divide "
@@ -120,6 +131,11 @@ class Loop:
         rows = self.prompts_per_step * self.num_generations
         if rows % self.microbatches:
             raise ValueError(f"microbatches={self.microbatches} does not divide {rows} completions")
+
+    @property
+    def whole_text(self) -> bool:
+        """Whether rewards read what follows a completion's EOS."""
+        return self.reward_text == "full"
 
 
 class Recipe(typing.NamedTuple):

@@ -36,13 +36,19 @@ class Scored(NamedTuple):
 
 
 def rewards(
-    task: Task, tok: Any, model: models.Config, examples: Sequence[Any], tokens: NDArray[np.int32]
+    task: Task,
+    tok: Any,
+    model: models.Config,
+    examples: Sequence[Any],
+    tokens: NDArray[np.int32],
+    whole: bool = False,
 ) -> dict[str, Floats]:
-    """The task's metrics of completions [B,L], each [B], float64."""
+    """The task's metrics of completions [B,L] up to EOS, or `whole`; each [B], float64."""
     names: list[str] = []
 
     def work(rows: NDArray[np.int64]) -> Floats:
-        texts = tokenizer.decode(tok, tokens[rows], model.mask_token_id, model.eos_token_id)
+        ids = (model.mask_token_id, model.eos_token_id)
+        texts = tokenizer.decode(tok, tokens[rows], *ids, whole)
         found = [task.score(examples[i], text) for i, text in zip(rows, texts, strict=True)]
         names[:] = found[0]
         return np.array([[parts[name] for name in names] for parts in found], np.float64)
@@ -58,7 +64,8 @@ def score(
     host = parallel.gather(rollout._replace(states=None, drafts=None))
 
     def scored(examples: Sequence[Any], tokens: NDArray[np.int32]) -> dict[str, Floats]:
-        return rewards(recipe.task, recipe.tokenizer, recipe.model, examples, tokens)
+        whole = recipe.loop.whole_text
+        return rewards(recipe.task, recipe.tokenizer, recipe.model, examples, tokens, whole)
 
     def step_rewards(probe: Probe) -> Floats:
         fills = parallel.gather(probe.fills)

@@ -132,6 +132,7 @@ def reinforcement(recipe: Recipe, mesh: Any) -> Programs:
         loop.microbatches,
         loop.phase_steps > 0,
         loop.ema,
+        whole_text=loop.whole_text,
     )
     if not loop.refill or loop.rollout_chunks == 1 or recipe.rescue.fraction:
         return made
@@ -306,7 +307,7 @@ class Reinforce:
 
     def _completions(self, number: int, scored: Sequence[Scored]) -> list[dict[str, Any]]:
         r = self.recipe
-        ids = r.model.mask_token_id, r.model.eos_token_id
+        how = r.model.mask_token_id, r.model.eos_token_id, r.loop.whole_text
         return [
             {
                 "step": number + 1,
@@ -317,7 +318,7 @@ class Reinforce:
             }
             for s in scored
             for i, (example, text) in enumerate(
-                zip(s.examples, tokenizer.decode(r.tokenizer, s.host.tokens, *ids), strict=True)
+                zip(s.examples, tokenizer.decode(r.tokenizer, s.host.tokens, *how), strict=True)
             )
         ]
 

@@ -136,12 +136,17 @@ def pad_left(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[A
     return tokens, valid
 
 
-def decode(tokenizer: Any, tokens: np.ndarray, mask_id: int, eos_id: int) -> list[str]:
-    """Texts of completions [B, L], cut at the first EOS; a position still masked is BLANK."""
+def decode(
+    tokenizer: Any, tokens: np.ndarray, mask_id: int, eos_id: int, whole: bool = False
+) -> list[str]:
+    """Texts of completions [B, L]; a position still masked is BLANK.
+
+    Cut at the first EOS or, `whole`, with all that follows it but special tokens.
+    """
     texts = []
     for row in np.asarray(tokens):
         ends = np.flatnonzero(row == eos_id)
-        row = row[: ends[0]] if len(ends) else row
+        row = row[: ends[0]] if len(ends) and not whole else row
         texts.append(_decode_row(tokenizer, row, mask_id))
     return texts
 

@@ -1,5 +1,6 @@
 """Rollouts that stop at EOS: the same up to there, and no method that uses them can tell."""
 
+import dataclasses
 import importlib
 import pkgutil
 
@@ -121,3 +122,4 @@ def test_a_run_stops_only_if_all_its_terms_may(terms, blocks, stops):
     made = tuple(make_term(name, 1.0, {}) for name in terms)
     programs = Programs(cfg, made, sampling, optax.identity(), parallel.make_mesh())
     assert programs.stops_at_eos is stops
+    assert not dataclasses.replace(programs, whole_text=True).stops_at_eos

@@ -189,6 +189,7 @@ def test_a_longer_template_is_refused_and_a_shorter_one_ends():
 def test_decoding_stops_at_the_first_eos_and_shows_masks_as_blanks():
     rows = np.array([[2, 0, 3, EOS, 4], [EOS, 2, 2, 2, 2], [0, 0, 0, 0, 0]])
     assert tokenizer.decode(DIGITS, rows, MASK, EOS) == ["1_2", "", "_____"]
+    assert tokenizer.decode(DIGITS, rows, MASK, EOS, whole=True) == ["1_23", "1111", "_____"]
 
 
 def test_padding_is_on_the_left():

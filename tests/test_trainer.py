@@ -7,14 +7,17 @@ import signal
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from running import config, rows
 
-from dmrl import models, parallel, recipe, stages, trainer
+from dmrl import models, parallel, recipe, scoring, stages, trainer
 from dmrl.checkpoint import Checkpoints
 from dmrl.held import Held
 from dmrl.models import weights
+from dmrl.tasks import sudoku
+from dmrl.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -224,6 +227,34 @@ def test_a_step_with_slots_hands_the_same_rows_to_the_update(monkeypatch):
         found[refill], stage = handed_to_the_update(monkeypatch, values)
         assert stage.programs.slots == (4 if refill else 0)
     assert_equal_rows(found[True], found[False])
+
+
+class Says(sudoku.Task):
+    """Whose reward is the number of characters that it is shown."""
+
+    def score(self, example, text):
+        del example
+        return {"reward": float(len(text)), "solved": 0.0}
+
+
+@pytest.mark.parametrize("text", recipe.REWARD_TEXTS)
+def test_rewards_read_the_text_that_the_recipe_says(monkeypatch, text):
+    values = config(reward_text=text, sampling__block_length=4, sampling__steps=8)
+    values["rollout_chunks"] = 2
+    del values["terms"]["dispo"]
+    stage = handed_to_the_update(monkeypatch, values)[1]
+    assert stage.programs.stops_at_eos is (text == "upto_eos")
+    assert stage.programs.slots == (4 if text == "upto_eos" else 0)
+    made = stage.recipe._replace(task=Says())
+    ids = made.model
+    tokens = np.array([[2, 3, ids.eos_token_id, 4], [2, ids.eos_token_id, 3, 3]], np.int32)
+    blank = jnp.zeros(tokens.shape)
+    rollout = Rollout(
+        *(tokens, tokens > 0, jnp.asarray(tokens), jnp.asarray(tokens), blank, blank),
+        *(jnp.arange(2), jnp.zeros(2, int), jnp.array([3, 2])),
+    )
+    scored = scoring.score(made, [None, None], rollout, [None])
+    np.testing.assert_array_equal(scored.parts["reward"], [2, 1] if text == "upto_eos" else [3, 3])
 
 
 def test_divergence_stops_the_run_and_names_the_step(tmp_path):

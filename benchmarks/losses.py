@@ -8,6 +8,9 @@ gradients within 1e-4 of their norm. Items 3, 4 and 12.
 
 import dataclasses
 import functools
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +33,10 @@ from dmrl.models import logprob  # noqa: E402
 from dmrl.types import Inner, Models, Rollout  # noqa: E402
 
 _SHAPES = flags.DEFINE_list("shapes", ["T0", "T1"], "Which shapes")
+_MEMORY = flags.DEFINE_list("memory", None, "Only print the memory of this LOSS,SHAPE")
 _ROWS = flags.DEFINE_integer("timed_rows", 3072, "Rows at which the log-probability is timed")
 
+ALGORITHMS = {"spg": spg, "diffu_grpo": diffu_grpo}
 ITEMS = {"T0": 6, "T1": 2}
 """Completions of a batch: at T1 the peer needs gigabytes for two."""
 GOALS = {
@@ -133,17 +138,39 @@ def check(made: Case) -> None:
     assert difference <= 1e-8 * total, f"gradients differ by {(difference / total) ** 0.5:.1e}"
 
 
-def against_peer(algorithm: Any, name: str) -> tuple[timing.Row, dict[str, Any]]:
-    """Items 3 and 4 of one shape: time and peak memory of loss and gradient."""
-    label = algorithm.__name__.rpartition(".")[2]
+def sized(name: str) -> Shape:
+    """A shape as losses take it."""
     shape = SHAPES[name]._replace(rows=ITEMS.get(name, SHAPES[name].rows))
     model = dataclasses.replace(shape.model, remat=REMAT.get(name, shape.model.remat))
-    shape = shape._replace(model=model)
+    return shape._replace(model=model)
+
+
+def print_memory(label: str, name: str) -> None:
+    """As JSON, bytes that either side grows by, and those of the gradients, which both give."""
+    made = case(ALGORITHMS[label], sized(name))
+    held = sum(x.nbytes for x in jax.tree.leaves(made.ours()))
+    made.theirs()
+    made.network.zero_grad(set_to_none=True)
+    found = {"dmrl": timing.peak_memory(made.ours), "peer": timing.peak_memory(made.theirs)}
+    print(json.dumps(found | {"gradients": held}))
+
+
+def peak_memory(label: str, name: str) -> dict[str, int]:
+    """`print_memory` of a process whose malloc gives everything large back at once."""
+    command = [sys.executable, __file__, f"--memory={label},{name}"]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, check=True, stdout=subprocess.PIPE)
+    found: dict[str, int] = json.loads(done.stdout)
+    return found
+
+
+def against_peer(label: str, name: str) -> tuple[timing.Row, dict[str, Any]]:
+    """Items 3 and 4 of one shape: time and peak memory of loss and gradient."""
+    algorithm, shape = ALGORITHMS[label], sized(name)
     made = case(algorithm, shape)
     check(made)
-    held = sum(x.nbytes for x in jax.tree.leaves(made.ours()))
-    made.network.zero_grad(set_to_none=True)
-    memory = {"dmrl": timing.peak_memory(made.ours), "peer": timing.peak_memory(made.theirs)}
+    memory = peak_memory(label, name)
+    held = memory["gradients"]
     times = timing.alternate({"dmrl": made.ours, "peer": made.theirs})
     faster, beside = timing.ratio(times, "peer", "dmrl"), memory["dmrl"] - held
     smaller = (memory["peer"] - held) / max(beside, 1)
@@ -243,10 +270,12 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     heap.keep_pages()  # as launch/train.py does
     torch.set_num_threads(timing.cores())
+    if _MEMORY.value:
+        return print_memory(*_MEMORY.value)
     rows, details = [], {}
     for name in _SHAPES.value:
-        for algorithm in (spg, diffu_grpo):
-            row, details[f"{algorithm.__name__} {name}"] = against_peer(algorithm, name)
+        for label in ALGORITHMS:
+            row, details[f"{label} {name}"] = against_peer(label, name)
             rows.append(row)
     if "T1" in _SHAPES.value:
         found, details["log_prob"] = against_materialised()

@@ -62,7 +62,8 @@ class Step:
             GROUP,
             updates,
         )
-        params = models.init(shape.model, jax.random.key(0))["params"]
+        # Compiled, as the trainer does.
+        params = jax.jit(models.init, static_argnums=0)(shape.model, jax.random.key(0))["params"]
         self.state: TrainState = self.programs.init_state({"params": params})
         self.frozen = None
         if "reference" in needs(adjusted):

@@ -33,6 +33,7 @@ from dmrl.models import logprob  # noqa: E402
 from dmrl.types import Inner, Models, Rollout  # noqa: E402
 
 _SHAPES = flags.DEFINE_list("shapes", ["T0", "T1"], "Which shapes")
+_SERVE = flags.DEFINE_list("serve", None, "Only run the peer's LOSS,SHAPE, once a line of input")
 _MEMORY = flags.DEFINE_list("memory", None, "Only print the memory of this LOSS,SHAPE")
 _ROWS = flags.DEFINE_integer("timed_rows", 3072, "Rows at which the log-probability is timed")
 
@@ -171,7 +172,9 @@ def against_peer(label: str, name: str) -> tuple[timing.Row, dict[str, Any]]:
     check(made)
     memory = peak_memory(label, name)
     held = memory["gradients"]
-    times = timing.alternate({"dmrl": made.ours, "peer": made.theirs})
+    there = timing.Apart(f"--serve={label},{name}")
+    times = timing.alternate({"dmrl": made.ours, "peer": there, "peer, our malloc": made.theirs})
+    there.process.terminate()
     faster, beside = timing.ratio(times, "peer", "dmrl"), memory["dmrl"] - held
     smaller = (memory["peer"] - held) / max(beside, 1)
     length, span = shape.sampling.length, shape.prompt + shape.sampling.length
@@ -181,14 +184,17 @@ def against_peer(label: str, name: str) -> tuple[timing.Row, dict[str, Any]]:
     head = forwards * 2.0 * length * shape.model.d_model * shape.model.vocab_size
     least = 3 * forwards * cost.forward_flops(sizes, span, span, length)
     goal = GOALS.get((label, name), 1.0)
+    space = (
+        f"; peak {memory['dmrl'] / 1e6:.0f} MB, the peer's {memory['peer'] / 1e6:.0f} MB; beside "
+        f"the gradients' {held / 1e6:.0f} MB {smaller:.1f}x less"
+    )
     fits = name != "T1" or smaller >= MEMORY_GOAL
     row = timing.Row(
         "3" if algorithm is spg else "4",
         f"{label} loss and gradient, {shape.rows} completions",
         name,
-        f"{faster:.2f}x the peer; peak {memory['dmrl'] / 1e6:.0f} MB, the peer's "
-        f"{memory['peer'] / 1e6:.0f} MB; beside the gradients' {held / 1e6:.0f} MB "
-        f"{smaller:.1f}x less",
+        f"{faster:.2f}x the peer ({timing.ratio(times, 'peer, our malloc', 'dmrl'):.2f}x with "
+        f"our malloc){space if name in REMAT else ''}",
         f">= {goal:g}x" + (f", <= 1/{MEMORY_GOAL:g} of the memory" if name == "T1" else ""),
         f"{whole / (least + recomputed * head):.2f}x in FLOPs",
         faster,
@@ -268,10 +274,13 @@ def main(argv: list[str]) -> None:
     """Checks, times, prints."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    heap.keep_pages()  # as launch/train.py does
     torch.set_num_threads(timing.cores())
     if _MEMORY.value:
         return print_memory(*_MEMORY.value)
+    if _SERVE.value:
+        label, name = _SERVE.value
+        return timing.serve(case(ALGORITHMS[label], sized(name)).theirs)
+    heap.keep_pages()  # as launch/train.py does
     rows, details = [], {}
     for name in _SHAPES.value:
         for label in ALGORITHMS:

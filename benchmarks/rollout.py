@@ -29,6 +29,7 @@ from dmrl.diffusion.sampler import Sampling, sample  # noqa: E402
 from dmrl.types import Denoiser  # noqa: E402
 
 _SHAPES = flags.DEFINE_list("shapes", ["T0", "T1"], "Which shapes")
+_SERVE = flags.DEFINE_list("serve", None, "Only run the peer at SHAPE,DTYPE, once a line of input")
 _STEPS = flags.DEFINE_integer("timed_steps", 8, "Denoising steps of T1 that are timed")
 _ROWS = flags.DEFINE_integer("rows", 0, "Completions at a time; 0: the shape's own")
 
@@ -130,20 +131,25 @@ def exact_flops(shape: Shape) -> float:
     return flops(shape, block) - shape.rows * shape.sampling.steps * spared
 
 
+def sized(name: str) -> Timed:
+    """A shape as it is timed."""
+    shape = SHAPES[name]._replace(rows=_ROWS.value or SHAPES[name].rows)
+    return make(shape, _STEPS.value if name == "T1" else shape.sampling.steps)
+
+
 def against_peer(name: str) -> tuple[list[timing.Row], dict[str, Any]]:
     """Items 1 and 2 of one shape."""
     usual = SHAPES[name].sampling
-    wanted = SHAPES[name]._replace(rows=_ROWS.value or SHAPES[name].rows)
-    timed = make(wanted, _STEPS.value if name == "T1" else usual.steps)
+    timed = sized(name)
     check(timed)
     shape, config = timed.shape, timed.shape.sampling
     contestants = {
         "dmrl": ours(timed, config),
         "dmrl full logits": full_logits(timed, config),
-        "peer": standard(timed, config),
+        "peer": timing.Apart(f"--serve={name},float32"),
     }
     if name != "T1":  # the published sampler's noise; at T1 it would be most of the benchmark
-        contestants["peer, float64 noise"] = standard(timed, config, torch.float64)
+        contestants["peer, float64 noise"] = timing.Apart(f"--serve={name},float64")
     times = timing.alternate(contestants)
     span = shape.prompt + config.length
     least, whole = exact_flops(shape), flops(shape, span)
@@ -306,8 +312,12 @@ def main(argv: list[str]) -> None:
     """Checks, times, prints."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    heap.keep_pages()  # as launch/train.py does
     torch.set_num_threads(timing.cores())
+    if _SERVE.value:
+        name, dtype = _SERVE.value
+        timed = sized(name)
+        return timing.serve(standard(timed, timed.shape.sampling, getattr(torch, dtype)))
+    heap.keep_pages()  # as launch/train.py does
     rows, details = [], {}
     for name in _SHAPES.value:
         found, details[name] = against_peer(name)

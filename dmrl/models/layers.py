@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
@@ -96,13 +95,14 @@ Rotation = tuple[Float[Array, "b s 1 half"], Float[Array, "b s 1 half"]]
 def rotation(positions: Int[Array, "b s"], head_dim: int, theta: float) -> Rotation:
     """(cos, sin) of every position's angles, float32; the same for all heads and layers.
 
-    Read from a table of the sequence's length, since XLA fuses what is computed into every use:
-    cosines of each head and layer took a tenth of a small model's step.
+    Read from a table of the sequence's places: what is computed of the positions themselves XLA
+    fuses into every use, and cosines of each head and layer took a tenth of a small model's step.
     """
-    steps = np.arange(head_dim // 2, dtype=np.float32) * np.float32(2 / head_dim)
-    places = np.arange(positions.shape[1], dtype=np.float32)
-    angle = places[:, None, None] * (1 / np.float32(theta) ** steps)
-    return jnp.asarray(np.cos(angle))[positions], jnp.asarray(np.sin(angle))[positions]
+    half = head_dim // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    place = jnp.arange(positions.shape[1], dtype=jnp.float32)
+    angle = place[:, None, None] * frequency[None, None]
+    return jnp.cos(angle)[positions], jnp.sin(angle)[positions]
 
 
 def rope(x: Float[Array, "b s h d"], rotation: Rotation) -> Float[Array, "b s h d"]:

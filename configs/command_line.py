@@ -45,7 +45,7 @@ def _nearest(key: str, known: list[str]) -> str:
     close = [siblings[k] for k in difflib.get_close_matches(last, siblings, n=1, cutoff=0.5)]
     elsewhere = sorted((k for k in known if k.rpartition(".")[2] == last), key=_depth)
     misspelt = [] if siblings else difflib.get_close_matches(key, known, n=1)
-    if found := close or elsewhere or misspelt:
+    if found := elsewhere or close or misspelt:
         return f"; did you mean --config.{found[0]}?"
     return f"; there are {', '.join(siblings.values() or known)}"
 

@@ -15,8 +15,8 @@ def keep_pages() -> bool:
     XLA's CPU programs allocate their temporaries anew at every call. glibc hands large ones back
     to the system at once, and each page is then faulted in again: a third of an update of a small
     model (measured, docs/performance.md). The process keeps the most it ever held. Does nothing
-    where an accelerator's plugin is installed, where the environment already sets malloc, or
-    without glibc.
+    where an accelerator may be used (its plugin is installed, and JAX_PLATFORMS does not say cpu),
+    where the environment already sets malloc, or without glibc.
     """
     tuned = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if tuned or any(name.startswith("MALLOC_") for name in os.environ) or not _cpu_only():
@@ -26,7 +26,7 @@ def keep_pages() -> bool:
     except (AttributeError, OSError, TypeError):  # other C libraries
         return False
     # One arena: those of further threads hold no block of more than 64 MB.
-    options = {ARENA_MAX: 1, MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1}
+    options = {ARENA_MAX: 1, MMAP_MAX: 0, TRIM_THRESHOLD: -1}  # -1: never
     taken = [mallopt(name, value) for name, value in options.items()]
     return all(taken)
 

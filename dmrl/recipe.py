@@ -89,13 +89,13 @@ class Loop:
     rollout_chunks: int = 1
     """Pieces in which a rollout runs, so that rewards of one overlap sampling of the next."""
     refill: bool = True
-    """Where completions end early and nothing after EOS matters to any term: all prompts of a step
-    in a queue instead, and as many rows at work as a piece has; rewards then wait for the last
-    completion. False for rewards that take long."""
+    """Where completions end early and nothing after EOS matters to terms and rewards: all prompts
+    of a step in a queue instead, and as many rows at work as a piece has; rewards then wait for
+    the last completion. False for rewards that take long."""
     reward_text: str = "upto_eos"
     """What rewards in training read of a completion, one of REWARD_TEXTS: the text before its
     first EOS, or all of it, as in the code of d1 and SPG, so that sampling cannot stop at EOS.
-    Evaluations read the former."""
+    Evaluations read the former, and losses count tokens up to EOS either way, as theirs do."""
     checkpoint_every: int = 50
     checkpoints_kept: int = 2
     completions_every: int = 50
@@ -202,6 +202,12 @@ def build(config: Mapping[str, Any]) -> Recipe:
             f"rescue.fraction={rescue.fraction} replaces completions whose states "
             f"{', '.join(probing)} has probed: set it to 0, or drop the term"
         )
+    loop = section(Loop, config, "", partial=True)
+    if loop.whole_text and probing:
+        raise ValueError(
+            f"reward_text={loop.reward_text!r} rewards fillings for what follows their EOS, which "
+            f"{', '.join(probing)} leaves out: set it to 'upto_eos', or drop the term"
+        )
     if config["preferences"]:
         checks.preferences(config, terms, rescue)
     if not terms:
@@ -218,7 +224,7 @@ def build(config: Mapping[str, Any]) -> Recipe:
         sampling=sampling,
         terms=tuple(terms),
         optimizer=section(optim.Optimizer, config["optimizer"], "optimizer"),
-        loop=section(Loop, config, "", partial=True),
+        loop=loop,
         warm_start=section(WarmStart, config["warm_start"], "warm_start", partial=True),
         warm_optimizer=section(
             optim.Optimizer, config["warm_start"]["optimizer"], "warm_start.optimizer"

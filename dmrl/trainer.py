@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmrl import models, orders, parallel, preferences, processes, report, stages
+from dmrl import models, orders, parallel, preferences, processes, recipe, report, stages
 from dmrl.checkpoint import Checkpoints
 from dmrl.console import Console
 from dmrl.held import Held
@@ -67,7 +67,9 @@ def describe(workdir: Path, config: Mapping[str, Any]) -> None:
 
 
 def _refuse_other(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    old_flat, new_flat = _flat(old), _flat(new)
+    # Options that came after the run was begun: it went as their defaults say.
+    later = {f.name: f.default for f in dataclasses.fields(recipe.Loop) if f.name not in old}
+    old_flat, new_flat = _flat({**later, **old}), _flat(new)
     for key in sorted(old_flat.keys() | new_flat.keys()):
         if old_flat.get(key) != new_flat.get(key):
             raise ValueError(

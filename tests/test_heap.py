@@ -12,9 +12,10 @@ import ctypes, resource, sys
 from dmrl import heap
 kept = heap.keep_pages()
 libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
 libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
-found, size = [], 200 << 20
+found, size = [], int(sys.argv[1]) << 20
 for _ in range(3):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     block = libc.malloc(size)
@@ -27,11 +28,11 @@ print(int(kept), *found)
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 
 
-def faults(**environ: str) -> list[int]:
-    """Whether pages are kept, and the page faults of three rounds of 200 MB."""
+def faults(megabytes: int = 200, **environ: str) -> list[int]:
+    """Whether pages are kept, and the page faults of three rounds."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
     run = subprocess.run(
-        [sys.executable, "-c", FAULTS],
+        [sys.executable, "-c", FAULTS, str(megabytes)],
         env=clean | environ,
         capture_output=True,
         text=True,
@@ -41,8 +42,9 @@ def faults(**environ: str) -> list[int]:
 
 
 @glibc
-def test_a_block_that_was_freed_comes_back_without_page_faults():
-    kept, first, *later = faults(JAX_PLATFORMS="cpu")
+@pytest.mark.parametrize("megabytes", [200, 2100])
+def test_a_block_that_was_freed_comes_back_without_page_faults(megabytes):
+    kept, first, *later = faults(megabytes, JAX_PLATFORMS="cpu")
     assert kept
     assert first > 100
     assert max(later) < first / 50

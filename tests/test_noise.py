@@ -27,8 +27,21 @@ def test_favourite_is_the_first_of_the_largest(way):
 def test_a_draw_is_the_argmax_of_gumbel_noise():
     keys, logits = jax.random.split(jax.random.key(3), 4), rows()[8:12]
     gumbel = np.stack([jax.random.gumbel(key, (5, 33), jnp.float32) for key in keys])
-    found = noise.categorical(keys, logits, 0.7)
+    found = jax.jit(noise.categorical, static_argnums=2)(keys, logits, 0.7)
     np.testing.assert_array_equal(found, np.argmax(np.asarray(logits) + 0.7 * gumbel, axis=-1))
+
+
+def test_a_draw_inside_a_program_is_that_outside():
+    """The largest value is looked for twice, so it must not be computed twice."""
+    keys = jax.random.split(jax.random.key(5), 4)
+    hidden, head = jax.random.normal(keys[0], (4, 6, 24)), jax.random.normal(keys[1], (24, 999))
+
+    def draw(hidden, head):
+        return noise.categorical(keys, hidden @ head, 0.9)
+
+    noisy = (hidden @ head) + 0.9 * jax.vmap(lambda k: jax.random.gumbel(k, (6, 999)))(keys)
+    found = np.asarray(jax.jit(draw)(hidden, head))
+    np.testing.assert_array_equal(found, np.argmax(np.asarray(noisy), axis=-1))
 
 
 def test_draws_have_the_tempered_law():

@@ -52,6 +52,7 @@ def test_a_config_of_an_earlier_version_is_named_as_such():
         ({"microbatches": 3}, "microbatches=3 does not divide 8 completions"),
         ({"num_generations": 1}, "num_generations=1: a group needs at least 2"),
         ({"reward_text": "all"}, "reward_text='all': choose one of upto_eos, full"),
+        ({"reward_text": "full"}, "what follows their EOS, which dispo leaves out: set it to"),
         ({"optimizer__schedule": "linear"}, "schedule='linear': choose one of"),
         ({"optimizer__learning_rate": 0.0}, "learning_rate=0.0"),
         ({"warm_start__optimizer__clip_norm": 0.0}, "clip_norm=0.0"),

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict, config_flags
 from running import RECIPE, ROOT, arguments, config, finish, start
 
 from configs import command_line
-from dmrl import processes, trainer
+from dmrl import heap, processes, trainer
 
 # ml_collections loads recipes the old way; on Python 3.12 it does not.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -117,11 +117,14 @@ def test_a_failed_run_says_why_in_one_line(script, monkeypatch, tmp_path, error)
 
     monkeypatch.setattr(trainer, "train", fail)
     monkeypatch.setattr(processes, "join", lambda: None)  # this process has used jax already
+    asked: list[bool] = []
+    monkeypatch.setattr(heap, "keep_pages", lambda: asked.append(True))
     monkeypatch.setattr(script, "CONFIG", types.SimpleNamespace(value=ConfigDict(config())))
     monkeypatch.setattr(script, "WORKDIR", types.SimpleNamespace(value=str(tmp_path)))
     with pytest.raises(SystemExit) as left:
         script.main(["train.py"])
     assert left.value.code == f"error: {error}"
+    assert asked == [True]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import re
+import shutil
 import signal
 import sys
 
@@ -167,6 +168,17 @@ def test_a_finished_run_is_left_alone(done, capsys):
     assert run(workdir, None, **DONE) == final
     assert {p: p.read_bytes() for p in workdir.glob("*.jsonl")} == before
     assert "rl: resumed after step 3" in capsys.readouterr().out
+
+
+def test_a_run_of_before_an_option_resumes_with_its_default(done, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(done[0], workdir)
+    stored = json.loads((workdir / "config.json").read_text())
+    del stored["config"]["reward_text"]
+    (workdir / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="with reward_text=upto_eos, this one has full"):
+        run(workdir, None, **DONE, reward_text="full", terms__dispo__weight=0.0)
+    assert run(workdir, None, **DONE) == done[1]
 
 
 def test_another_config_is_refused_by_name(done):

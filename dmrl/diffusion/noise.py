@@ -31,7 +31,7 @@ def categorical(
 
 
 def favourite(x: Float[Array, "*b v"]) -> Int[Array, "*b"]:
-    """The first of the largest along the last axis: argmax, int32."""
+    """The first of the largest along the last axis, int32: argmax, where nothing is NaN."""
     return jax.lax.platform_dependent(x, cpu=_by_value, default=_argmax)
 
 

@@ -125,6 +125,8 @@ def page(fits: Sequence[Mapping[str, Any]], path: Path) -> str:
         "and collectives at published peak rates (predicted): no program reaches it. Nothing on "
         "this page is measured but the time to compile, on a busy machine of 2 cores. What is not "
         "listed has not been compiled.",
+        "",
+        *overview(fits),
     ]
     for label in dict.fromkeys(f["label"] for f in fits):
         lines += ["", f"## {label}", ""]
@@ -138,6 +140,20 @@ def page(fits: Sequence[Mapping[str, Any]], path: Path) -> str:
             lines.append(where + traffic(f))
             lines += [f"  - {text}" for text in (f["error"], *f["change"]) if text]
     return "\n".join(lines) + "\n"
+
+
+def overview(fits: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line a recipe and slice: the larger peak of its programs, and whether both fit."""
+    lines = [_line(["recipe and options", "slice", "peak, GB", "of, GB", "fits"])]
+    lines += [_line(["---"] * 5)]
+    for label, where in dict.fromkeys((f["label"], f["topology"]) for f in fits):
+        mine = [f for f in fits if (f["label"], f["topology"]) == (label, where)]
+        size = "-" if mine[0]["hbm"] is None else f"{mine[0]['hbm'] / GB:.0f}"
+        known = [f["fits"] for f in mine]
+        verdict = "NO" if False in known else "-" if None in known else "yes"
+        peak = f"{max(f['peak'] for f in mine) / GB:.1f}"
+        lines.append(_line([label, where, peak, size, verdict]))
+    return lines
 
 
 def _short(commit: str | None) -> str:

@@ -40,6 +40,22 @@ def sampler(terms: Sequence[Term], sampling: Sampling) -> None:
             )
 
 
+def probes(terms: Sequence[Term], rescue: Rescue, reward_text: str) -> None:
+    """Raises ValueError where what a term probes would be replaced, or rewarded for more than the
+    term counts."""
+    probing = ", ".join(t.name for t in terms if hasattr(t.algorithm, "probes"))
+    if probing and rescue.fraction:
+        raise ValueError(
+            f"rescue.fraction={rescue.fraction} replaces completions whose states "
+            f"{probing} has probed: set it to 0, or drop the term"
+        )
+    if probing and reward_text == "full":
+        raise ValueError(
+            f"reward_text={reward_text!r} rewards fillings for what follows their EOS, which "
+            f"{probing} leaves out: set it to 'upto_eos', or drop the term"
+        )
+
+
 def order(terms: Sequence[Term], sampling: Sampling, model: models.Config) -> None:
     """Raises ValueError where an order and a denoiser would both be trained, or neither."""
     orders = [t for t in terms if "order" in needs([t])]

@@ -193,21 +193,11 @@ def build(config: Mapping[str, Any]) -> Recipe:
     terms = [t for t in terms if t.weight]
     sampling = section(Sampling, config["sampling"], "sampling")
     checks.order(terms, sampling, model)
-    probing = [t.name for t in terms if hasattr(t.algorithm, "probes")]
     checks.agree(terms, config)
     checks.sampler(terms, sampling)
     rescue = section(Rescue, config["rescue"], "rescue")
-    if rescue.fraction and probing:
-        raise ValueError(
-            f"rescue.fraction={rescue.fraction} replaces completions whose states "
-            f"{', '.join(probing)} has probed: set it to 0, or drop the term"
-        )
     loop = section(Loop, config, "", partial=True)
-    if loop.whole_text and probing:
-        raise ValueError(
-            f"reward_text={loop.reward_text!r} rewards fillings for what follows their EOS, which "
-            f"{', '.join(probing)} leaves out: set it to 'upto_eos', or drop the term"
-        )
+    checks.probes(terms, rescue, loop.reward_text)
     if config["preferences"]:
         checks.preferences(config, terms, rescue)
     if not terms:

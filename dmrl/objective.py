@@ -60,13 +60,12 @@ def value(
     terms: Sequence[Term], models: Models, batches: Sequence[Any]
 ) -> tuple[jax.Array, Metrics]:
     """The weighted sum of the terms, and their metric sums; those of the first have no prefix."""
-    total, metrics = jnp.zeros(()), dict[str, jax.Array]()
-    for i, (term, batch) in enumerate(zip(terms, batches, strict=True)):
-        loss, sums = term.algorithm.loss(models, batch, term.hyper)
-        total += term.weight * loss
-        prefix = f"{term.name}/" if i else ""
-        metrics |= {prefix + name: v for name, v in sums.items()}
-    return total, metrics | {"loss": total}
+    sums = list[Metrics]()
+    for term, batch in zip(terms, batches, strict=True):
+        loss, metrics = term.algorithm.loss(models, batch, term.hyper)
+        sums.append(metrics | {"loss": term.weight * loss})
+    joined = _joined(terms, sums)
+    return joined["loss"], joined
 
 
 def gradient(
@@ -77,46 +76,82 @@ def gradient(
     count: int,
     shards: int,
 ) -> tuple[Any, Metrics]:
-    """Gradient in `trainable` and metric sums, over `count` strided microbatches.
+    """Float32 gradient in `trainable` and metric sums, over `count` strided microbatches.
 
     `models` binds `trainable` to what a loss sees; `shards` is in how many pieces the batch axis
-    is cut over devices. A microbatch without a gradient costs nothing.
+    is cut over devices. One term goes after the other, each over its own microbatches: those
+    without a gradient cost nothing, and no two terms keep activations at once.
     """
-    differentiate = jax.grad(lambda t, b: value(terms, models(t), b), has_aux=True)
-    if count == 1:
-        found: tuple[Any, Metrics] = differentiate(trainable, tuple(batches))
-        return found
-    cut, live = _cut(terms, batches, count, shards)
+    total, sums = None, list[Metrics]()
+    for term, batch in zip(terms, batches, strict=True):
 
-    def accumulate(total: Any, piece: Any) -> tuple[Any, None]:
-        batches, live = piece
-        return jax.lax.cond(
-            live,
-            lambda: jax.tree.map(jnp.add, total, differentiate(trainable, batches)),
-            lambda: total,
-        ), None
+        def differentiate(batch: Any, term: Term = term) -> tuple[Any, Metrics]:
+            def of_term(t: Any) -> tuple[jax.Array, Metrics]:
+                return value((term,), models(t), (batch,))
 
-    shapes = jax.eval_shape(differentiate, trainable, jax.tree.map(lambda x: x[0], cut))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    summed: tuple[Any, Metrics] = jax.lax.scan(accumulate, zeros, (cut, live))[0]
-    return summed
+            grads, metrics = jax.grad(of_term, has_aux=True)(trainable)
+            return jax.tree.map(lambda x: x.astype(jnp.float32), grads), metrics
+
+        if count == 1:
+            grads, metrics = differentiate(batch)
+            total = grads if total is None else jax.tree.map(jnp.add, total, grads)
+        else:
+            if total is None:
+                total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable)
+            total, metrics = _summed(differentiate, total, *_cut(term, batch, count, shards))
+        sums.append(metrics)
+    return total, _joined(terms, sums)
+
+
+def _joined(terms: Sequence[Term], sums: Sequence[Metrics]) -> Metrics:
+    """Metrics of all terms: their losses added, names of those after the first with a prefix."""
+    joined = {
+        (f"{term.name}/" if i else "") + name: v
+        for i, (term, metrics) in enumerate(zip(terms, sums, strict=True))
+        for name, v in metrics.items()
+        if name != "loss"
+    }
+    return joined | {"loss": sum((m["loss"] for m in sums), jnp.zeros(()))}
 
 
 def _cut(
-    terms: Sequence[Term], batches: Sequence[Any], count: int, shards: int
-) -> tuple[tuple[Any, ...], Bool[Array, " count"]]:
-    """The batches in microbatches, and which of these have a gradient.
-
-    Items that give none (`idle` of an algorithm) are put together.
-    """
+    term: Term, batch: Any, count: int, shards: int
+) -> tuple[Any, Bool[Array, " count"] | None]:
+    """The microbatches, items without a gradient put together, and which have one (None: all)."""
     cut = functools.partial(pieces.strided, count=count)
-    live, made = jnp.zeros((count,), bool), []
-    for term, batch in zip(terms, batches, strict=True):
-        if not hasattr(term.algorithm, "idle"):
-            live, ordered = jnp.ones((count,), bool), batch
-        else:
-            idle = term.algorithm.idle(batch, term.hyper)
-            ordered, idle = pieces.idle_last((batch, idle), idle, count, shards)
-            live |= jnp.any(~cut(idle), axis=1)
-        made.append(jax.tree.map(cut, ordered))
-    return tuple(made), live
+    if not hasattr(term.algorithm, "idle"):
+        return jax.tree.map(cut, batch), None
+    idle = term.algorithm.idle(batch, term.hyper)
+    batch, idle = pieces.idle_last((batch, idle), idle, count, shards)
+    return jax.tree.map(cut, batch), jnp.any(~cut(idle), axis=1)
+
+
+def _summed(
+    differentiate: Callable[[Any], tuple[Any, Metrics]],
+    total: Any,
+    cut: Any,
+    live: Bool[Array, " count"] | None,
+) -> tuple[Any, Metrics]:
+    """`total` plus the gradients of the live pieces, and their metrics.
+
+    A loop over these alone: a branch inside a loop over all would keep a second `total`.
+    """
+    first = jax.tree.map(lambda x: x[0], cut)
+    metrics = jax.eval_shape(lambda piece: differentiate(piece)[1], first)
+    start = total, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), metrics)
+
+    def add(found: Any, piece: Any) -> Any:
+        return jax.tree.map(jnp.add, found, differentiate(piece))
+
+    if live is None:
+        return jax.lax.scan(lambda found, piece: (add(found, piece), None), start, cut)[0]
+    most, order, runs = len(live), jnp.argsort(~live, stable=True), jnp.sum(live)
+
+    def left(state: tuple[jax.Array, Any]) -> jax.Array:
+        return (state[0] < runs) & (state[0] < most)  # `most` for who counts operations
+
+    def step(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        number, found = state
+        return number + 1, add(found, jax.tree.map(lambda x: x[order[number]], cut))
+
+    return jax.lax.while_loop(left, step, (jnp.int32(0), start))[1]

@@ -291,7 +291,8 @@ class Programs:
             )
 
         def inner_update(state, batches):
-            args = (state.trainable, batches, self.microbatches, shards)
+            read = models.in_compute_type(self.model, state.trainable)
+            args = (read, batches, self.microbatches, shards)
             grads, metrics = objective.gradient(self.terms, bound, *args)
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.trainable)
             policy = {name: tree for name, tree in grads.items() if name != "heads"}

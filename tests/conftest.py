@@ -1,5 +1,6 @@
 """What every test shares: CPU, strict shapes, run-time checked annotations, data folders."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,21 @@ def data_dir() -> Path:
     if "DMRL_DATA" not in os.environ:
         pytest.skip("set DMRL_DATA to the folder of public data sets to run this test")
     return Path(os.environ["DMRL_DATA"])
+
+
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 30_000
+"""Linux gives a process 65,530 memory maps, and every compiled program takes some: past the end
+the next compilation dies."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Compiled programs of earlier modules, once they are many."""
+    yield
+    if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -145,13 +145,16 @@ def test_idle_microbatches_run_no_forward_and_change_nothing():
         state = p.init_state(fresh(behaviour()))
         state, metrics = p.update(state, None, [chunk[0]], [chunk[1]], KEY)
         jax.effects_barrier()
-        found[count] = (jax.tree.map(np.asarray, state.trainable), metrics, len(runs))
+        found[count] = (jax.tree.map(np.asarray, state.trainable), metrics, sorted(runs))
         runs.clear()
     assert_close(found[4][0], found[1][0], rtol=1e-5)
     whole, cut = ({k: float(v) for k, v in found[n][1].items()} for n in (1, 4))
     assert cut == pytest.approx(whole, rel=1e-4, abs=1e-6)
-    assert found[1][2] == 2
-    assert found[4][2] == 4, "two of four microbatches, two terms"
+    assert found[1][2] == [t.name for t in terms]
+    live = {t.name: ~prepared(t.name, METHODS[t.name])[-1] for t in terms}
+    pieces_with_one = {name: -(-int(x.sum()) // (len(x) // 4)) for name, x in live.items()}
+    assert pieces_with_one == {"diffu_grpo": 2, "dispo": 1}
+    assert found[4][2] == [n for n, times in pieces_with_one.items() for _ in range(times)]
 
 
 @pytest.mark.parametrize(("shards", "count"), [(1, 4), (2, 3), (4, 2), (2, 4)])

@@ -3,6 +3,6 @@
 from dmrl.models import heads, unmasking
 from dmrl.models.bind import bind
 from dmrl.models.config import Config
-from dmrl.models.llada import init
+from dmrl.models.llada import in_compute_type, init
 
-__all__ = ["Config", "bind", "heads", "init", "unmasking"]
+__all__ = ["Config", "bind", "heads", "in_compute_type", "init", "unmasking"]

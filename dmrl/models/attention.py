@@ -1,4 +1,5 @@
-"""Bidirectional attention: XLA's (or cuDNN's), or the splash kernel on TPUs.
+"""Bidirectional attention: XLA's (or cuDNN's), a few heads at a time on a CPU, or the splash kernel
+on TPUs.
 
 Splash keeps no [queries, keys] array: at 1,756 tokens and 32 heads that is 395 MB a sequence in
 float32, once forward and again backward. Under 2,000 tokens XLA's is as fast, scores being a few
@@ -7,6 +8,7 @@ per cent of the work.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +16,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
+
+from dmrl.models import headwise
 
 KINDS = ("xla", "splash")
 TILE = 128
@@ -31,11 +35,20 @@ def attend(
 ) -> Float[Array, "b q h d"]:
     """softmax(q k^T / sqrt d) v over the valid keys.
 
-    `splash` where the program is compiled for a TPU and every position asks; else XLA's.
+    `splash` where the program is compiled for a TPU and every position asks; else XLA's, and on
+    a CPU `headwise`.
     """
     if kind == "splash" and q.shape[1] == k.shape[1]:
         return jax.lax.platform_dependent(q, k, v, valid, tpu=splash, default=xla)
+    if _platform() == "cpu":
+        return on_each_device(headwise.attention, q, k, v, valid)
     return xla(q, k, v, valid)
+
+
+def _platform() -> str:
+    """What programs are compiled for: of the mesh in use, which need not be attached."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 def xla(q: Any, k: Any, v: Any, valid: Any) -> Any:
@@ -46,21 +59,25 @@ def xla(q: Any, k: Any, v: Any, valid: Any) -> Any:
 
 
 def splash(q: Any, k: Any, v: Any, valid: Any, interpret: bool = False) -> Any:
-    """JAX's splash kernel, each device its own rows and heads."""
+    """JAX's splash kernel."""
+    return on_each_device(functools.partial(_splash, interpret=interpret), q, k, v, valid)
+
+
+def on_each_device(own: Callable[..., Any], q: Any, k: Any, v: Any, valid: Any) -> Any:
+    """`own` of each device's own rows and heads."""
     shape = jax.sharding.get_abstract_mesh().shape
+    if math.prod(shape.values()) == 1:
+        return own(q, k, v, valid)
     rows = tuple(a for a in BATCH_AXES if shape.get(a, 1) > 1)
     if q.shape[0] % math.prod(shape[a] for a in rows):
         rows = ()
     heads = "tensor" if shape.get("tensor", 1) > 1 and k.shape[2] % shape["tensor"] == 0 else None
-    own = functools.partial(_own, interpret=interpret)
-    if not shape:
-        return own(q, k, v, valid)
     wide = PartitionSpec(rows or None, None, heads, None)
     specs = (wide, wide, wide, PartitionSpec(rows or None, None))
     return jax.shard_map(own, in_specs=specs, out_specs=wide, check_vma=False)(q, k, v, valid)
 
 
-def _own(q: Any, k: Any, v: Any, valid: Any, interpret: bool) -> Any:
+def _splash(q: Any, k: Any, v: Any, valid: Any, interpret: bool) -> Any:
     (_, length, heads, width), each = q.shape, q.shape[2] // k.shape[2]
     spare = -length % TILE
 

@@ -149,3 +149,20 @@ def init(cfg: Config, key: jax.Array) -> dict[str, Any]:
     """Fresh variables: {'params': ...} and, with an adapter, {'lora': ...} (a no-op at first)."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     return dict(LLaDA(cfg).init(key, tokens, jnp.ones((1, 1), bool)))
+
+
+def in_compute_type(cfg: Config, trainable: dict[str, Any]) -> dict[str, Any]:
+    """`trainable` with the layers' matrices in `cfg.dtype`, in which every product reads them.
+
+    A gradient in these takes half the memory of one in float32 and is the same: what a product
+    gives back for its matrix has the product's type. The embedding, the norms and the head stay:
+    theirs is summed in float32.
+    """
+
+    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        names = [getattr(key, "key", None) for key in path]
+        matrix = names[:2] == ["params", "blocks"] and names[-1] == "kernel"
+        return x.astype(cfg.dtype) if matrix else x
+
+    made: dict[str, Any] = jax.tree_util.tree_map_with_path(cast, trainable)
+    return made

@@ -58,6 +58,7 @@ def test_a_rollout_costs_what_the_formula_says():
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_a_gradient_pass_of_the_body_costs_what_the_formula_says(monkeypatch, remat, platform):
     monkeypatch.setattr(attention, "_platform", lambda: platform)
+    jax.clear_caches()  # of what was traced for the other
     cfg = models.Config(**{**CFG.__dict__, "remat": remat})
     params = jax.eval_shape(lambda: models.init(cfg, jax.random.key(0)))
     tokens, valid = jnp.zeros((2, 6), jnp.int32), jnp.ones((2, 6), bool)

@@ -1,5 +1,6 @@
 """Parameters -> `Denoiser`: the only door between Flax and the rest of the house."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,29 +14,45 @@ from dmrl.models.config import Config
 from dmrl.types import Cached, Denoiser
 
 
+@functools.partial(jax.jit, static_argnames=("cfg", "method", "width"))
+def _run(
+    cfg: Config,
+    method: str,
+    network: Any,
+    *args: Any,
+    start: jax.Array | None = None,
+    width: int | None = None,
+) -> Any:
+    """A method of the network; of a window if there is a width.
+
+    Jitted inside of what is jitted, so that a program traces it once for all forwards of a shape.
+    """
+    window = () if width is None else ((start, width),)
+    return llada.LLaDA(cfg).apply(network, *args, *window, method=method)
+
+
 def bind(cfg: Config, variables: Mapping[str, Any], keep_mask: bool = False) -> Denoiser:
     """Closes a LLaDA's functions over `variables`: 'params', maybe 'lora', 'heads' and 'order'.
 
     The mask token is never a prediction: its logit is -inf and it leaves every normaliser,
     unless `keep_mask` (parity with code that keeps it).
     """
-    module = llada.LLaDA(cfg)
     network = {name: tree for name, tree in variables.items() if name in ("params", "lora")}
     head = variables["params"]["head"]
     dropped = None if keep_mask else cfg.mask_token_id
 
     def encode(tokens: Int[Array, "b s"], valid: Bool[Array, "b s"]) -> Float[Array, "b s d"]:
-        return jnp.asarray(module.apply(network, tokens, valid))
+        return jnp.asarray(_run(cfg, "__call__", network, tokens, valid))
 
     def window(
         tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], start: Int[Array, "*b"], width: int
     ) -> Float[Array, "b w d"]:
-        return jnp.asarray(module.apply(network, tokens, valid, (start, width), method="window"))
+        return jnp.asarray(_run(cfg, "window", network, tokens, valid, start=start, width=width))
 
     def prefill(
         tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], start: Int[Array, ""], width: int
     ) -> Any:
-        return module.apply(network, tokens, valid, (start, width), method="prefill")
+        return _run(cfg, "prefill", network, tokens, valid, start=start, width=width)
 
     def extend(
         tokens: Int[Array, "b s"],
@@ -44,14 +61,14 @@ def bind(cfg: Config, variables: Mapping[str, Any], keep_mask: bool = False) -> 
         start: Int[Array, ""] | int,
         width: int,
     ) -> Float[Array, "b w d"]:
-        window = (jnp.asarray(start, jnp.int32), width)
-        return jnp.asarray(module.apply(network, tokens, valid, store, window, method="extend"))
+        args = (network, tokens, valid, store)
+        return jnp.asarray(_run(cfg, "extend", *args, start=jnp.int32(start), width=width))
 
     def order(
         tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], start: Int[Array, ""], width: int
     ) -> tuple[Float[Array, "b w d"], Callable[[Array], Array]]:
-        stream = module.apply(network, tokens, valid, method="trunk")
-        hidden = module.apply(network, stream, valid, (start, width), method="finish")
+        stream = _run(cfg, "trunk", network, tokens, valid)
+        hidden = _run(cfg, "finish", network, stream, valid, start=start, width=width)
         read = checkpoint_name(jax.lax.stop_gradient(stream), "order_input")
 
         def score(features: Float[Array, "b w f"]) -> Float[Array, "b w"]:

@@ -125,12 +125,15 @@ def memory(
 ) -> Memory:
     """Per device, weights and state over `shards` devices, `sequences` a device at a time.
 
-    Trained weights are float32 with gradient and two moments: 16 bytes each. `order_inputs` > 0:
-    those of an order beside a frozen denoiser, which keeps so many states' residual streams.
+    Trained weights are float32 with a sum of gradients and two moments: 16 bytes each. Beside them
+    a microbatch's gradient: of an adapter in float32, of whole weights in the compute type, in
+    which their products read a copy. `order_inputs` > 0: an order beside a frozen denoiser, which
+    keeps so many states' residual streams.
     """
     trained = lora_params(s) if s.lora_rank else total_params(s)
     if order_inputs:
         trained = order_params(s)
+    passing = 4 if s.lora_rank or order_inputs else 2 * s.compute_bytes
     frozen = frozen_bytes(s) if s.lora_rank or full_ft_ref or order_inputs else 0
     carry = (order_inputs or s.n_layers) * s.d_model * s.compute_bytes
     layer = s.compute_bytes * (4 * s.d_model + 3 * s.mlp_hidden_size)
@@ -138,7 +141,7 @@ def memory(
     rows = sequences * length
     return Memory(
         weights=frozen / shards,
-        trained_state=16 * trained / shards,
+        trained_state=(16 + passing) * trained / shards,
         activations=rows * kept,
         logits=max(rows * CHUNK_BYTES, sequences * block * s.vocab_size * 4),
     )

@@ -64,7 +64,7 @@ def test_memory_falls_with_shards_and_holds_the_weights_once():
     alone = cost.memory(LLADA, 6, 456, 32, 1, False)
     eight = cost.memory(LLADA, 6, 456, 32, 8, False)
     assert alone.weights == 2 * cost.total_params(LLADA)
-    assert alone.trained_state == 16 * cost.lora_params(LLADA)
+    assert alone.trained_state == 20 * cost.lora_params(LLADA)
     assert eight.weights == alone.weights / 8
     assert eight.total < alone.total
 
@@ -80,7 +80,7 @@ def test_an_order_is_trained_beside_a_denoiser_that_is_not():
     assert size == cost.order_params(shape)
     assert FLAGS + TOP == cost.ORDER_FEATURES
     held = cost.memory(shape, 6, 288, 32, 1, False, 1)
-    assert held.trained_state == 16 * size
+    assert held.trained_state == 20 * size
     assert held.weights == 2 * cost.total_params(shape)
     told = cost.dry_run(made)
     assert f"base, frozen; {size:,} trained (an order)" in told

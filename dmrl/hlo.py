@@ -148,7 +148,7 @@ def _trip_count(rest: str, computations: dict[str, list[str]]) -> int | None:
     if known := _TRIPS.search(rest):
         return int(known[1])
     called = dict(re.findall(r"(condition|body)=(%[\w.-]+)", rest))
-    condition = dict(_defined(computations[called["condition"]]))
+    condition = _unfused(dict(_defined(computations[called["condition"]])), computations)
     for value in condition.values():
         if test := re.search(r" compare\((%[\w.-]+), (%[\w.-]+)\), direction=LT", value):
             index = re.search(r"index=(\d+)", condition.get(test[1], ""))
@@ -159,6 +159,21 @@ def _trip_count(rest: str, computations: dict[str, list[str]]) -> int | None:
                 step = step or (1 if bound[1] == "s" else None)
                 return step and -(-int(bound[2]) // step)
     return None
+
+
+def _unfused(lines: dict[str, str], computations: dict[str, list[str]]) -> dict[str, str]:
+    """`lines` with what their fusions compute, of the fusions' own operands."""
+    found = dict(lines)
+    for rest in lines.values():
+        fused = re.search(r" fusion\(([^)]*)\).*calls=(%[\w.-]+)", rest)
+        if not fused:
+            continue
+        given = [name.split()[-1] for name in fused[1].split(",")]
+        inside = dict(_defined(computations[fused[2]]))
+        for name, value in inside.items():
+            place = re.search(r" parameter\((\d+)\)", value)
+            found[name] = lines.get(given[int(place[1])], "") if place else value
+    return found
 
 
 def _step(body: dict[str, str], index: str) -> int | None:

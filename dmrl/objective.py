@@ -84,12 +84,16 @@ def gradient(
     """
     total, sums = None, list[Metrics]()
     for term, batch in zip(terms, batches, strict=True):
+        if total is not None:  # or the compiler might interleave the terms
+            trainable, total = jax.lax.optimization_barrier((trainable, total))
 
-        def differentiate(batch: Any, term: Term = term) -> tuple[Any, Metrics]:
+        def differentiate(
+            batch: Any, term: Term = term, at: Any = trainable
+        ) -> tuple[Any, Metrics]:
             def of_term(t: Any) -> tuple[jax.Array, Metrics]:
                 return value((term,), models(t), (batch,))
 
-            grads, metrics = jax.grad(of_term, has_aux=True)(trainable)
+            grads, metrics = jax.grad(of_term, has_aux=True)(at)
             return jax.tree.map(lambda x: x.astype(jnp.float32), grads), metrics
 
         if count == 1:
@@ -132,10 +136,7 @@ def _summed(
     cut: Any,
     live: Bool[Array, " count"] | None,
 ) -> tuple[Any, Metrics]:
-    """`total` plus the gradients of the live pieces, and their metrics.
-
-    A loop over these alone: a branch inside a loop over all would keep a second `total`.
-    """
+    """`total` plus the gradients of the live pieces, and their metrics."""
     first = jax.tree.map(lambda x: x[0], cut)
     metrics = jax.eval_shape(lambda piece: differentiate(piece)[1], first)
     start = total, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), metrics)
@@ -145,13 +146,6 @@ def _summed(
 
     if live is None:
         return jax.lax.scan(lambda found, piece: (add(found, piece), None), start, cut)[0]
-    most, order, runs = len(live), jnp.argsort(~live, stable=True), jnp.sum(live)
-
-    def left(state: tuple[jax.Array, Any]) -> jax.Array:
-        return (state[0] < runs) & (state[0] < most)  # `most` for who counts operations
-
-    def step(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        number, found = state
-        return number + 1, add(found, jax.tree.map(lambda x: x[order[number]], cut))
-
-    return jax.lax.while_loop(left, step, (jnp.int32(0), start))[1]
+    return pieces.over_live(
+        lambda found, number: add(found, jax.tree.map(lambda x: x[number], cut)), start, live
+    )

@@ -268,7 +268,8 @@ class Programs:
         behaviour = current if self.inner_updates > 1 else None
         if self.phases:
             behaviour = self.policy(state.teacher, frozen)
-        in_pieces = functools.partial(pieces.in_pieces, count=self.microbatches)
+        shards = parallel.batch_shards(self.mesh)
+        in_pieces = functools.partial(pieces.in_pieces, count=self.microbatches, shards=shards)
         frozen_models = Models(
             in_pieces(current),
             behaviour and in_pieces(behaviour),
@@ -277,7 +278,6 @@ class Programs:
         # A loss sees the teacher of a method with phases, for targets too large to prepare (whole
         # vocabulary rows); theta_old of other methods enters through `prepare` alone.
         teacher = behaviour if self.phases else None
-        shards = parallel.batch_shards(self.mesh)
 
         def bound(trainable):
             return Models(self.policy(trainable, frozen), teacher, reference)
@@ -294,6 +294,7 @@ class Programs:
             read = models.in_compute_type(self.model, state.trainable)
             args = (read, batches, self.microbatches, shards)
             grads, metrics = objective.gradient(self.terms, bound, *args)
+            grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, state.trainable)
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.trainable)
             policy = {name: tree for name, tree in grads.items() if name != "heads"}
             metrics["grad_norm"] = optax.tree.norm(policy)  # what clip_norm clips

@@ -71,6 +71,9 @@ class Denoiser(NamedTuple):
     """(tokens, valid, start, width) -> (what `window` gives, score): a learned order. `score` maps
     features [B,W,F] of these positions (`dmrl.diffusion.decisions`) to scores [B,W], and is
     differentiated by the order's own parameters alone; None: the model has none."""
+    score: Callable[..., Float[Array, "batch labels length"]] | None = None
+    """`likelihood.state_log_prob` of (prompt, prompt_valid, state, labels, needed), without the
+    rows of which no position is needed: these give 0. None: there is no such way."""
     cached: Cached | None = None
     """For samplers that reuse keys and values; None: there is no such way."""
 

@@ -9,11 +9,11 @@ import simulated
 from dmrl.models import attention, headwise
 
 
-def inputs(rows=3, queries=20, keys=20, heads=4, kv=4, width=8, dtype="float32"):
+def inputs(rows=3, queries=20, keys=20, heads=4, kv=4, width=8, dtype="float32", offset=0):
     drawn = jax.random.split(jax.random.key(rows + queries + kv), 3)
     q = jax.random.normal(drawn[0], (rows, queries, heads, width), dtype)
     k, v = (jax.random.normal(key, (rows, keys, kv, width), dtype) for key in drawn[1:])
-    return q, k, v, jnp.arange(keys)[None] >= jnp.arange(rows)[:, None]
+    return q, k, v + jnp.asarray(offset, dtype), jnp.arange(keys)[None] >= jnp.arange(rows)[:, None]
 
 
 def both(args, f):
@@ -39,8 +39,9 @@ def test_parts_are_equal_and_as_few_as_the_cache_allows(heads, size, parts):
     assert headwise._parts(heads, size) == parts
 
 
-def test_half_precision_is_as_near_the_truth_as_xla():
-    args = inputs(dtype="bfloat16")
+@pytest.mark.parametrize("offset", [0, 10])
+def test_half_precision_is_as_near_the_truth_as_xla(offset):
+    args = inputs(dtype="bfloat16", offset=offset)
     wide = tuple(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in args)
     truth = both(wide, attention.xla)
     for got, other, true in zip(
@@ -53,8 +54,17 @@ def test_half_precision_is_as_near_the_truth_as_xla():
 
 def test_a_row_of_padding_alone_gives_numbers():
     q, k, v, valid = inputs()
-    found = both((q, k, v, valid.at[1].set(False)), headwise.attention)
-    assert all(np.isfinite(x).all() for x in found)
+    args = (q, k, v, valid.at[1].set(False))
+    (out, *grads), (want, *others) = both(args, headwise.attention), both(args, attention.xla)
+    np.testing.assert_allclose(out, want, atol=1e-6)
+    assert not any(x[1].any() for x in grads), "and no gradient"
+    for got, other in zip(grads, others, strict=True):
+        np.testing.assert_allclose(got[::2], other[::2], atol=1e-5)
+
+
+def test_no_rows_give_none():
+    q, k, v, valid = (x[:0] for x in inputs())
+    assert headwise.attention(q, k, v, valid).shape == q.shape
 
 
 def test_no_scores_of_all_heads_are_ever_held(monkeypatch):

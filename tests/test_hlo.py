@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 import simulated
 
-from dmrl import hlo
+from dmrl import hlo, pieces
 
 SCRIPT = """
 import json
@@ -101,3 +101,17 @@ def test_products_are_counted_with_their_loops_and_branches():
     assert hlo.products(text) == (5 + 2) * 2 * 4 * 8 * 8
     with pytest.raises(ValueError, match="no ENTRY computation"):
         hlo.products("nothing")
+
+
+def test_a_loop_that_may_end_early_counts_as_often_as_it_can_run():
+    """Its condition, of two comparisons, comes as a fusion from the CPU's compiler."""
+
+    def program(x, live):
+        def add(total, number):
+            return total + x[number] @ x[number]
+
+        return pieces.over_live(add, jnp.zeros(x.shape[1:]), live)
+
+    x = jnp.ones((4, 8, 8))
+    text = jax.jit(program).lower(x, jnp.ones(4, bool)).compile().as_text()
+    assert hlo.products(text) == 4 * 2 * 8**3

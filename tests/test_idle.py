@@ -11,6 +11,7 @@ from test_programs import GROUP, KEY, MODEL, SAMPLING, behaviour, fresh, prompts
 from tiny import assert_close
 
 from dmrl import models, parallel, pieces
+from dmrl.diffusion.likelihood import state_log_prob
 from dmrl.models import logprob
 from dmrl.objective import make_term, needs
 from dmrl.programs import Programs
@@ -172,6 +173,61 @@ def test_idle_items_fill_the_last_pieces_of_every_shard(shards, count):
         cut = np.asarray(pieces.strided(jnp.asarray(mine), count))
         ordered = idle[cut].reshape(-1)
         assert (np.diff(ordered.astype(int)) >= 0).all(), "live first, piece by piece"
+
+
+@pytest.mark.parametrize(("shards", "count"), [(1, 4), (2, 3), (4, 2), (1, 5)])
+def test_items_without_a_needed_position_are_not_scored(shards, count):
+    """What `prepare` reads of old and reference policies; with 5 pieces of 24 items all are."""
+    rng, runs = np.random.default_rng(shards), []
+    denoiser = models.bind(MODEL, fresh(behaviour()))
+
+    def encode(tokens, valid):
+        jax.debug.callback(lambda: runs.append(len(tokens)))
+        return denoiser.encode(tokens, valid)
+
+    counting = denoiser._replace(encode=encode)
+    in_pieces = pieces.in_pieces(counting, count, shards)
+    args = [jnp.asarray(rng.integers(2, 9, (24, n))) for n in (3, 5)]
+    args = [args[0], jnp.ones((24, 3), bool), args[1], jnp.asarray(rng.integers(2, 9, (24, 2, 5)))]
+    needed = (rng.random((24, 5)) < 0.5) & (rng.random((24, 1)) < 0.4)
+    got = jax.jit(lambda: state_log_prob(in_pieces, *args, jnp.asarray(needed)))()
+    jax.effects_barrier()
+    want = np.asarray(state_log_prob(denoiser, *args))
+    read = np.broadcast_to(needed[:, None], want.shape)
+    np.testing.assert_allclose(np.asarray(got)[read], want[read], atol=1e-6)
+    live = needed.any(axis=1).reshape(shards, -1).sum(axis=1)
+    most = count if 24 % count == 0 else 1
+    size = 24 // shards // most
+    assert len(runs) == min(most, max(-(-int(n) // size) for n in live))
+
+
+def test_old_scores_of_ties_are_not_read():
+    """Two inner updates: of 4 microbatches 2 have an advantage, and only they run, scores too."""
+    runs = []
+
+    class Counting(Programs):
+        def policy(self, trainable, frozen):
+            denoiser = super().policy(trainable, frozen)
+
+            def encode(tokens, valid):
+                jax.debug.callback(lambda: runs.append(len(tokens)))
+                return denoiser.encode(tokens, valid)
+
+            return denoiser._replace(encode=encode)
+
+    term = make_term("diffu_grpo", 1.0, METHODS["diffu_grpo"])
+    chunk = tied(*scored(*programs((term,)).rollout(behaviour(), None, prompts(), 0, KEY)))
+    found = {}
+    for count in (1, 4):
+        chain, mesh = optax.sgd(1.0), parallel.make_mesh()
+        p = Counting(MODEL, (term,), SAMPLING, chain, mesh, GROUP, 2, count)
+        state = p.update(p.init_state(fresh(behaviour())), None, [chunk[0]], [chunk[1]], KEY)[0]
+        jax.effects_barrier()
+        found[count] = (jax.tree.map(np.asarray, state.trainable), len(runs))
+        runs.clear()
+    assert found[1][1] == 2 * (1 + 1), "old and gradient, of each inner update"
+    assert found[4][1] == 2 * (2 + 2)
+    assert_close(found[4][0], found[1][0], rtol=1e-5)
 
 
 def test_items_that_do_not_divide_stay_where_they_are():

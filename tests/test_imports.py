@@ -48,7 +48,7 @@ RULES = {
     "dmrl.report": Doors(set(), {"dmrl.page", "dmrl.viewer"}),
     "dmrl.cost": Doors({"numpy"}, set()),
     "dmrl.parallel": Doors(NUMERIC, set()),
-    "dmrl.pieces": Doors(NUMERIC, {"dmrl.types"}),
+    "dmrl.pieces": Doors(NUMERIC, {"dmrl.diffusion", "dmrl.types"}),
     "dmrl.processes": Doors(NUMERIC, set()),
     "dmrl.heap": Doors(set(), set()),
     "dmrl.rescue": Doors({"numpy"}, set()),

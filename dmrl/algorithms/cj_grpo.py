@@ -76,7 +76,7 @@ def prepare(
     )
     pieces = batch.state.shape[0] // rows
     reference = surrogate.reference(models, hp.beta)
-    return surrogate.with_frozen(batch, models.behaviour, reference, pieces)
+    return surrogate.with_frozen(batch, models.behaviour, reference, pieces, ratio_alone=True)
 
 
 def idle(batch: surrogate.Batch, hp: Hyper) -> Bool[Array, " n"]:

@@ -68,7 +68,7 @@ def prepare(
         reference=None,
     )
     reference = surrogate.reference(models, hp.beta)
-    return surrogate.with_frozen(batch, models.behaviour, reference)
+    return surrogate.with_frozen(batch, models.behaviour, reference, ratio_alone=True)
 
 
 def idle(batch: surrogate.Batch, hp: Hyper) -> Bool[Array, " n"]:

@@ -99,7 +99,7 @@ def prepare(
         reference=None,
     )
     reference = surrogate.reference(models, hp.beta)
-    return surrogate.with_frozen(batch, models.behaviour, reference)
+    return surrogate.with_frozen(batch, models.behaviour, reference, ratio_alone=True)
 
 
 def _entropy(policy: Denoiser, rollout: Rollout, state: Int[Array, "b l"]) -> Float[Array, "b l"]:

@@ -170,21 +170,27 @@ def _clipped_share(
 
 
 def with_frozen(
-    batch: Batch, behaviour: Denoiser | None, reference: Denoiser | None, pieces: int = 1
+    batch: Batch,
+    behaviour: Denoiser | None,
+    reference: Denoiser | None,
+    pieces: int = 1,
+    ratio_alone: bool = False,
 ) -> Batch:
     """Adds log pi_old and log pi_ref, each under the batch's own prompt mask.
 
     The items go through a model in `pieces` strided cuts, one after the other, for batches of
-    more items than fit at once.
+    more items than fit at once. With `ratio_alone` log pi_old enters through the ratio and nothing
+    else: where that is multiplied by no advantage it may be left out.
     """
 
-    def score(denoiser: Denoiser | None) -> jax.Array | None:
+    def score(denoiser: Denoiser | None, tied: bool = True) -> jax.Array | None:
         if denoiser is None:
             return None
 
         def piece(cut: Batch) -> jax.Array:
-            log_prob = state_log_prob(denoiser, *cut[:4], needed(cut.weight))
-            return jnp.where(cut.weight > 0, log_prob, 0.0)
+            read = cut.weight if tied else cut.weight * (cut.advantage != 0)[..., None]
+            log_prob = state_log_prob(denoiser, *cut[:4], needed(read))
+            return jnp.where(read > 0, log_prob, 0.0)
 
         if pieces == 1:
             return piece(batch)
@@ -194,7 +200,7 @@ def with_frozen(
         )
         return jnp.moveaxis(jax.lax.map(piece, cuts), 0, 1).reshape(batch.weight.shape)
 
-    return batch._replace(old=score(behaviour), reference=score(reference))
+    return batch._replace(old=score(behaviour, not ratio_alone), reference=score(reference))
 
 
 def trajectory(

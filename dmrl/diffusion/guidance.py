@@ -29,7 +29,7 @@ def guided(denoiser: Denoiser, scale: float, prompt_length: int) -> Denoiser:
         return both
 
     window = denoiser.window and around(denoiser.window)
-    return denoiser._replace(encode=around(denoiser.encode), window=window)
+    return denoiser._replace(encode=around(denoiser.encode), window=window, score=None)
 
 
 def tempered(denoiser: Denoiser, temperature: float) -> Denoiser:
@@ -43,7 +43,7 @@ def tempered(denoiser: Denoiser, temperature: float) -> Denoiser:
     def encode(tokens: Int[Array, "b s"], valid: Bool[Array, "b s"]) -> jax.Array:
         return denoiser.encode(tokens, valid) / temperature
 
-    return denoiser._replace(encode=encode, window=None)
+    return denoiser._replace(encode=encode, window=None, score=None)
 
 
 def nucleus(

@@ -39,6 +39,8 @@ def state_log_prob(
     share. Meaningful where `state` is masked; elsewhere it is what the model predicts at a
     position whose token it can see. Positions that are not `needed` may be left out.
     """
+    if denoiser.score is not None and needed is not None:
+        return denoiser.score(prompt, prompt_valid, state, labels, needed)
     hidden = completion_hidden(denoiser, prompt, prompt_valid, state)
     return jnp.moveaxis(denoiser.log_prob(hidden, jnp.moveaxis(labels, 1, -1), needed), -1, 1)
 

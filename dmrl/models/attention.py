@@ -38,9 +38,10 @@ def attend(
     `splash` where the program is compiled for a TPU and every position asks; else XLA's, and on
     a CPU `headwise`.
     """
-    if kind == "splash" and q.shape[1] == k.shape[1]:
-        return jax.lax.platform_dependent(q, k, v, valid, tpu=splash, default=xla)
-    if _platform() == "cpu":
+    platform = _platform()
+    if kind == "splash" and platform == "tpu" and q.shape[1] == k.shape[1]:
+        return splash(q, k, v, valid)
+    if platform == "cpu":
         return on_each_device(headwise.attention, q, k, v, valid)
     return xla(q, k, v, valid)
 

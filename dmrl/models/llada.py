@@ -154,9 +154,10 @@ def init(cfg: Config, key: jax.Array) -> dict[str, Any]:
 def in_compute_type(cfg: Config, trainable: dict[str, Any]) -> dict[str, Any]:
     """`trainable` with the layers' matrices in `cfg.dtype`, in which every product reads them.
 
-    A gradient in these takes half the memory of one in float32 and is the same: what a product
-    gives back for its matrix has the product's type. The embedding, the norms and the head stay:
-    theirs is summed in float32.
+    A gradient in these takes half the memory of one in float32 and, of one forward, is the same:
+    what a product gives back for its matrix has the product's type. Of several forwards in one
+    microbatch the sum is rounded to it, too. The embedding, the norms and the head stay: theirs is
+    summed in float32.
     """
 
     def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:

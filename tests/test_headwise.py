@@ -80,9 +80,10 @@ def test_no_scores_of_all_heads_are_ever_held(monkeypatch):
     assert held[attention.xla] > 2
 
 
-def test_on_a_cpu_it_is_the_default():
-    args = inputs()
-    np.testing.assert_array_equal(attention.attend(*args, "xla"), headwise.attention(*args))
+@pytest.mark.parametrize(("keys", "used"), [(64, headwise.attention), (63, attention.xla)])
+def test_on_a_cpu_it_is_the_default_for_all_but_short_sequences(keys, used):
+    args = inputs(keys=keys)
+    np.testing.assert_array_equal(attention.attend(*args, "xla"), used(*args))
 
 
 SCRIPT = """
@@ -92,8 +93,8 @@ from dmrl import parallel
 from dmrl.models import attention
 
 keys = jax.random.split(jax.random.key(0), 3)
-q, k, v = (jax.random.normal(key, (8, 40, 2, 16)) for key in keys)
-valid = jnp.arange(40)[None] >= jnp.arange(8)[:, None]
+q, k, v = (jax.random.normal(key, (8, 64, 2, 16)) for key in keys)
+valid = jnp.arange(64)[None] >= jnp.arange(8)[:, None]
 
 def value(q, k, v, f):
     return jnp.sum(jnp.cos(f(q, k, v, valid)))

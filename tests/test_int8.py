@@ -143,6 +143,7 @@ def test_values_are_cut_as_their_kernel_is():
             assert leaf.spec
 
 
+@pytest.mark.slow
 def test_an_adapter_learns_beside_rounded_weights(tmp_path):
     options = {"model__lora_rank": 4, "model__int8": True, "optimizer__learning_rate": 1e-2}
     values = config(**options, warm_start__steps=0, evaluation__every=1)

@@ -35,13 +35,13 @@ def attend(
 ) -> Float[Array, "b q h d"]:
     """softmax(q k^T / sqrt d) v over the valid keys.
 
-    `splash` where the program is compiled for a TPU and every position asks; else XLA's, and on
-    a CPU `headwise`.
+    `splash` where the program is compiled for a TPU and every position asks; else XLA's, and of
+    long sequences on a CPU `headwise`.
     """
     platform = _platform()
     if kind == "splash" and platform == "tpu" and q.shape[1] == k.shape[1]:
         return splash(q, k, v, valid)
-    if platform == "cpu":
+    if platform == "cpu" and k.shape[1] >= headwise.SHORTEST:
         return on_each_device(headwise.attention, q, k, v, valid)
     return xla(q, k, v, valid)
 

@@ -109,8 +109,10 @@ def in_pieces(denoiser: Denoiser, count: int, shards: int) -> Denoiser:
         out = _whole(over_live(one, jnp.zeros(cuts[3].shape, jnp.float32), live))
         return out if order is None else _reordered(out, jnp.argsort(order, axis=1))
 
-    encode, log_prob = by_piece(denoiser.encode), by_piece(denoiser.log_prob)
-    return denoiser._replace(encode=encode, log_prob=log_prob, score=score)
+    def encode(tokens: jax.Array, valid: jax.Array, *last: int) -> jax.Array:
+        return by_piece(lambda *rows: denoiser.encode(*rows, *last))(tokens, valid)
+
+    return denoiser._replace(encode=encode, log_prob=by_piece(denoiser.log_prob), score=score)
 
 
 def _whole(cut: jax.Array) -> jax.Array:

@@ -44,7 +44,7 @@ def with_log_z(bind):
 def product(table):
     """A denoiser whose predictions [L,V] do not depend on what it sees: scores are exact."""
 
-    def encode(tokens, valid):
+    def encode(tokens, valid, *_):
         del valid
         padded = jnp.pad(table, ((tokens.shape[1] - table.shape[0], 0), (0, 0)))
         return jnp.broadcast_to(padded[None], (tokens.shape[0], *padded.shape))

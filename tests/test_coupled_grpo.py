@@ -22,7 +22,7 @@ KEY = jax.random.key(0)
 def shifted(denoiser):
     """The same network read as Dream is: the output at position k - 1 predicts token k."""
 
-    def encode(tokens, valid):
+    def encode(tokens, valid, *_):
         return jnp.roll(denoiser.encode(tokens, valid), 1, axis=1)
 
     return denoiser._replace(encode=encode)

@@ -170,7 +170,7 @@ def test_theorem_4_2_with_a_terminal_term_the_gradient_is_that_of_the_mixture():
 def free_positions(theta, mask_id=M):
     """A denoiser of independent positions: logits theta [L,V], whatever is visible."""
 
-    def encode(tokens, valid):
+    def encode(tokens, valid, *_):
         here = jnp.eye(theta.shape[0])[None]
         completion = jnp.broadcast_to(here, (tokens.shape[0], *here.shape[1:]))
         return jnp.pad(completion, ((0, 0), (tokens.shape[1] - theta.shape[0], 0), (0, 0)))

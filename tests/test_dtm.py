@@ -25,7 +25,7 @@ def reading(logits, mask_id=MASK):
     def log_prob(hidden, labels, needed=None):
         return jnp.take_along_axis(jax.nn.log_softmax(hidden), labels, axis=-1)
 
-    return Denoiser(lambda tokens, valid: logits, lambda hidden: hidden, log_prob, mask_id, -1)
+    return Denoiser(lambda *_: logits, lambda hidden: hidden, log_prob, mask_id, -1)
 
 
 def test_golden_loss_and_gradient(recorded_more):
@@ -82,7 +82,7 @@ def tabular(table):
     """A denoiser with logits [state, L, V] of its own for each of the VOCAB^L states."""
     place = VOCAB ** jnp.arange(LENGTH)
 
-    def encode(tokens, valid):
+    def encode(tokens, valid, *_):
         del valid
         state = jnp.sum(tokens[:, -LENGTH:] * place[None], axis=1)
         return jnp.pad(table[state], ((0, 0), (tokens.shape[1] - LENGTH, 0), (0, 0)))

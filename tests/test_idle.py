@@ -181,7 +181,7 @@ def test_items_without_a_needed_position_are_not_scored(shards, count):
     rng, runs = np.random.default_rng(shards), []
     denoiser = models.bind(MODEL, fresh(behaviour()))
 
-    def encode(tokens, valid):
+    def encode(tokens, valid, *_):
         jax.debug.callback(lambda: runs.append(len(tokens)))
         return denoiser.encode(tokens, valid)
 
@@ -209,7 +209,7 @@ def test_old_scores_of_ties_are_not_read():
         def policy(self, trainable, frozen):
             denoiser = super().policy(trainable, frozen)
 
-            def encode(tokens, valid):
+            def encode(tokens, valid, *_):
                 jax.debug.callback(lambda: runs.append(len(tokens)))
                 return denoiser.encode(tokens, valid)
 

@@ -223,6 +223,42 @@ def test_a_window_spares_the_last_layer_the_other_positions(variables):
     assert flops(12) - flops(4) > saved
 
 
+def cubed(cfg, last, cut):
+    """(parameters, tokens, valid) -> gradient of a sum over the last positions; `cut` says so."""
+
+    def value(trained, tokens, valid):
+        told = (last,) if cut else ()
+        hidden = bind(cfg, trained).encode(tokens, valid, *told)
+        assert hidden.shape[1] == last or not cut or cfg.remat != "none"
+        return jnp.sum(hidden[:, -last:] ** 3)
+
+    return jax.jit(jax.grad(value))
+
+
+@pytest.mark.parametrize(("layers", "remat"), [(1, "none"), (2, "none"), (2, "full")])
+def test_the_last_positions_alone_have_the_gradient_of_the_whole(layers, remat):
+    cfg = dataclasses.replace(LORA, n_layers=layers, remat=remat)
+    trained = init(cfg, jax.random.key(0))
+    trained["lora"] = random_lora(trained)
+    tokens, valid = sample()
+    valid = valid.at[0, :3].set(False)
+    got, want = (cubed(cfg, 5, cut)(trained, tokens, valid) for cut in (True, False))
+    flat = zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True)
+    for (path, a), b in flat:
+        scale = np.abs(b).max()
+        assert scale > 0 or path[-1].key == "head", "which hidden states do not read"
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale)
+
+
+def test_the_last_positions_spare_the_last_layer_the_others_in_the_gradient_too(variables):
+    def flops(cut):
+        compiled = cubed(TINY, 4, cut).lower(variables, *sample()).compile()
+        return compiled.cost_analysis()["flops"]
+
+    per_token = 2 * (2 * 32 * 32 + 3 * 32 * 48)  # queries, attention's output, SwiGLU
+    assert flops(False) - flops(True) > 3 * 3 * 8 * per_token  # of 3 rows, 8 of 12 positions
+
+
 @pytest.fixture(scope="module")
 def fresh():
     return init(LORA, jax.random.key(0))

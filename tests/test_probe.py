@@ -133,7 +133,7 @@ def test_one_forward_a_state_serves_all_fillings():
     rollout, traced, run = tiny.rollout(TOKENS, REVEAL), [], []
     denoiser = bind(params)
 
-    def encode(tokens, valid):
+    def encode(tokens, valid, *_):
         traced.append(tokens.shape)
         jax.debug.callback(lambda: run.append(1))
         return denoiser.encode(tokens, valid)
@@ -154,7 +154,7 @@ def test_one_forward_a_state_serves_all_fillings():
 def test_the_sampler_s_own_drafts_are_returned_without_a_forward():
     params, _, bind = tiny.perceptron(4)
 
-    def encode(tokens, valid):
+    def encode(tokens, valid, *_):
         raise AssertionError("a draft needs no forward")
 
     drafts = jax.random.randint(jax.random.key(0), (3, 3, 4), 0, tiny.MASK)

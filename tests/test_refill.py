@@ -97,7 +97,7 @@ def test_work_follows_the_mean_length():
     args = (prompt, jnp.ones(prompt.shape, bool), template, row, row)
     calls, denoiser = [], BIND(PARAMS)
 
-    def encode(tokens, valid):
+    def encode(tokens, valid, *_):
         jax.debug.callback(lambda: calls.append(tokens.shape[0]))
         return denoiser.encode(tokens, valid)
 

@@ -62,7 +62,7 @@ def test_in_a_large_block_the_order_s_noise_is_not_that_of_the_tokens():
         row = jnp.array([0.0, 0.0, 0.0, -jnp.inf])
         return jnp.broadcast_to(row, (*hidden.shape[:-1], 4))
 
-    coin = Denoiser(lambda tokens, valid: jnp.zeros((*tokens.shape, 1)), logits, None, 3, -1)
+    coin = Denoiser(lambda tokens, *_: jnp.zeros((*tokens.shape, 1)), logits, None, 3, -1)
     config = Sampling(64, 2, 64, 1.0, "random")
     out = draw(coin, jnp.zeros((1,), jnp.int32), jnp.full((64,), 3), config, rows=1000)
     p = np.array([p for p in range(64) if p % 4 < 3])
@@ -237,7 +237,7 @@ def test_a_partly_given_block_spreads_its_masks_over_its_steps():
 def watched(denoiser, seen):
     """The denoiser, appending to `seen` the tokens of every forward pass that really runs."""
 
-    def encode(tokens, valid):
+    def encode(tokens, valid, *_):
         jax.debug.callback(lambda t: seen.append(np.asarray(t)), tokens, ordered=True)
         return denoiser.encode(tokens, valid)
 

@@ -23,7 +23,7 @@ def table(log_prob):
     """A Denoiser whose log-probabilities [N,M,L] are the parameters themselves."""
     n, m, length = log_prob.shape
 
-    def encode(tokens, valid):
+    def encode(tokens, valid, *_):
         before = jnp.zeros((n * m, tokens.shape[1] - length))
         return jnp.concatenate([before, log_prob.reshape(n * m, length)], axis=1)[:, :, None]
 

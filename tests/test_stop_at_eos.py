@@ -62,7 +62,7 @@ def test_no_forward_once_all_have_ended():
     calls = []
     denoiser = BIND(PARAMS)
 
-    def encode(tokens, valid):
+    def encode(tokens, valid, *_):
         jax.debug.callback(lambda: calls.append(1))
         return denoiser.encode(tokens, valid)
 

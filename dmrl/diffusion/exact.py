@@ -41,7 +41,9 @@ def bind(params: Params, mask_id: int, eos_id: int) -> Denoiser:
     read, write, head = params["read"], params["write"], params["head"]
     vocab = head.shape[1]
 
-    def encode(tokens: Int[Array, "b s"], valid: Bool[Array, "b s"]) -> Float[Array, "b s d"]:
+    def encode(
+        tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], *_: int
+    ) -> Float[Array, "b s d"]:
         seen = jax.nn.one_hot(tokens, vocab) * valid[:, :, None]
         return jnp.einsum("bh,shd->bsd", jnp.tanh(jnp.einsum("bsv,svh->bh", seen, read)), write)
 

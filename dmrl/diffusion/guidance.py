@@ -40,8 +40,8 @@ def tempered(denoiser: Denoiser, temperature: float) -> Denoiser:
     if temperature == 1:
         return denoiser
 
-    def encode(tokens: Int[Array, "b s"], valid: Bool[Array, "b s"]) -> jax.Array:
-        return denoiser.encode(tokens, valid) / temperature
+    def encode(tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], *last: int) -> jax.Array:
+        return denoiser.encode(tokens, valid, *last) / temperature
 
     return denoiser._replace(encode=encode, window=None, score=None)
 

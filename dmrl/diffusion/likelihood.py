@@ -22,7 +22,8 @@ def completion_hidden(
     """What the model's head reads at every position of `state`: one forward."""
     tokens = jnp.concatenate([prompt, state], axis=1)
     valid = jnp.concatenate([prompt_valid, jnp.ones(state.shape, bool)], axis=1)
-    return denoiser.encode(tokens, valid)[:, prompt.shape[1] :]
+    length = state.shape[1]
+    return denoiser.encode(tokens, valid, length)[:, -length:]
 
 
 def state_log_prob(
@@ -107,7 +108,7 @@ def stratified_elbo(
         # Counted from the end: how many positions stand before the scored ones changes nothing.
         hidden = random_subset(fold_in(keys, number), scored[:, ::-1], count)[:, ::-1]
         seen = jnp.where(hidden, denoiser.mask_id, labels)
-        states = denoiser.encode(jnp.concatenate([tokens[:, :-width], seen], axis=1), valid)
+        states = denoiser.encode(jnp.concatenate([tokens[:, :-width], seen], axis=1), valid, width)
         log_prob = denoiser.log_prob(states[:, -width:], labels[..., None], hidden)[..., 0]
         weight = hidden * (total / jnp.maximum(count, 1))[:, None]
         return elbo(log_prob[:, None], weight[:, None])

@@ -180,7 +180,7 @@ class Walk:
         elif self.denoiser.window and not self.drafts and self.width < sequence.shape[1]:
             block = self.denoiser.window(sequence, seen, first, self.width)
         else:
-            whole = self.denoiser.encode(sequence, seen)[:, length:]
+            whole = self.denoiser.encode(sequence, seen, tokens.shape[1])[:, -tokens.shape[1] :]
             whole = jnp.repeat(whole, alike, axis=0)
             return whole, self.cut(whole, start), None
         return None, jnp.repeat(block, alike, axis=0), policy

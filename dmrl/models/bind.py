@@ -23,12 +23,13 @@ def _run(
     start: jax.Array | None = None,
     width: int | None = None,
 ) -> Any:
-    """A method of the network; of a window if there is a width.
+    """A method of the network; of a window if there is a width, of the end if it has no start.
 
     Jitted inside of what is jitted, so that a program traces it once for all forwards of a shape.
     """
-    window = () if width is None else ((start, width),)
-    return llada.LLaDA(cfg).apply(network, *args, *window, method=method)
+    where: Any = width if start is None else (start, width)
+    args = args if width is None else (*args, where)
+    return llada.LLaDA(cfg).apply(network, *args, method=method)
 
 
 def bind(cfg: Config, variables: Mapping[str, Any], keep_mask: bool = False) -> Denoiser:
@@ -41,8 +42,11 @@ def bind(cfg: Config, variables: Mapping[str, Any], keep_mask: bool = False) -> 
     head = variables["params"]["head"]
     dropped = None if keep_mask else cfg.mask_token_id
 
-    def encode(tokens: Int[Array, "b s"], valid: Bool[Array, "b s"]) -> Float[Array, "b s d"]:
-        return jnp.asarray(_run(cfg, "__call__", network, tokens, valid))
+    def encode(
+        tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], last: int | None = None
+    ) -> Float[Array, "b w d"]:
+        method = "__call__" if last is None else "tail"
+        return jnp.asarray(_run(cfg, method, network, tokens, valid, width=last))
 
     def window(
         tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], start: Int[Array, "*b"], width: int

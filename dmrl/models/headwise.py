@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-SCORES = 2**20
+SCORES = 2**21
 """Bytes of scores at a time, as long as one head has no more."""
 SHORTEST = 64
 """Keys from which on it pays: of fewer, XLA's attention spreads all heads over the cores at once

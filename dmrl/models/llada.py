@@ -55,6 +55,27 @@ class LLaDA(nn.Module):
         x, _ = self.blocks(self._embedded(tokens), valid, turns(self.cfg, valid))
         return self._normed(x, tokens.shape[0])
 
+    def tail(
+        self, tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], last: int
+    ) -> Float[Array, "b w d"]:
+        """Hidden states of the `last` positions alone; for differentiation, too.
+
+        The last layer computes only keys and values of the others, unless layers are recomputed:
+        the loop over these reads them stacked, and to cut the stack in two would copy it.
+        """
+        if self.cfg.remat != "none":
+            return self(tokens, valid)[:, -last:]
+        block, rotated = Block(self.cfg, parent=None), turns(self.cfg, valid)
+        early, final = self._split()
+        x, _ = jax.lax.scan(
+            lambda x, weights: block.apply(weights, x, valid, rotated),
+            self._embedded(tokens),
+            early,
+            unroll=max(self.cfg.n_layers - 1, 1),
+        )
+        window = (jnp.int32(tokens.shape[1] - last), last)
+        return self._normed(block.apply(final, x, valid, rotated, window)[0], tokens.shape[0])
+
     def window(
         self, tokens: Int[Array, "b s"], valid: Bool[Array, "b s"], window: Window
     ) -> Float[Array, "b w d"]:
@@ -124,15 +145,27 @@ class LLaDA(nn.Module):
         By number, because cutting the stacked weights in two would copy them.
         """
         block = Block(self.cfg, keep, parent=None)
-        stacked = {
-            name: tree["blocks"] for name, tree in self.variables.items() if "blocks" in tree
-        }
+        stacked = self._stacked()
 
         def apply(x: jax.Array, number: int | jax.Array, *args: Any) -> Any:
             weights = jax.tree.map(lambda leaf: leaf[number], stacked)
             return block.apply(weights, x, *args)
 
         return apply
+
+    def _stacked(self) -> dict[str, Any]:
+        """The weights of the layers by collection, stacked."""
+        return {name: tree["blocks"] for name, tree in self.variables.items() if "blocks" in tree}
+
+    def _split(self) -> tuple[Any, Any]:
+        """The weights of all layers but the last, stacked, and of the last.
+
+        By `split`, whose gradient is one concatenation.
+        """
+        leaves, tree = jax.tree.flatten(self._stacked())
+        cuts = [jax.lax.split(x, (self.cfg.n_layers - 1, 1)) for x in leaves]
+        early, final = zip(*cuts, strict=True)
+        return jax.tree.unflatten(tree, early), jax.tree.unflatten(tree, [x[0] for x in final])
 
     def _numbers(self) -> jax.Array:
         return jnp.arange(self.cfg.n_layers)

@@ -1,6 +1,7 @@
 """Whole outer steps: what DiSPO adds, what Z adds, what compiles, what the host adds.
 
     python benchmarks/steps.py [--shape=T0] [--clock=cpu]
+    python benchmarks/steps.py --shape=Fn --clock=cpu --repeats=2    # item 5 alone, 20 minutes
 
 An outer step is one rollout, given rewards, and mu updates. First asserts that Z does not change
 the states that are probed, and that every program compiles once whatever the prompts. Items 5,
@@ -31,7 +32,7 @@ from dmrl import cost, heap, models, optim, parallel, recipe, trainer  # noqa: E
 from dmrl.objective import Term, make_term, needs  # noqa: E402
 from dmrl.programs import Programs, TrainState  # noqa: E402
 
-_SHAPE = flags.DEFINE_enum("shape", "T0", ["tiny", "T0"], "Shape of the steps")
+_SHAPE = flags.DEFINE_enum("shape", "T0", ["tiny", "T0", "Fn"], "Shape of the steps")
 _HOST_STEPS = flags.DEFINE_integer("host_steps", 12, "Steps of the tiny recipe, for the host gap")
 _START = flags.DEFINE_bool("start", False, "Only build, compile, take one step and print seconds")
 
@@ -63,11 +64,13 @@ class Step:
             updates,
         )
         # Compiled, as the trainer does.
-        params = jax.jit(models.init, static_argnums=0)(shape.model, jax.random.key(0))["params"]
-        self.state: TrainState = self.programs.init_state({"params": params})
+        trainable = jax.jit(models.init, static_argnums=0)(shape.model, jax.random.key(0))
         self.frozen = None
-        if "reference" in needs(adjusted):
-            self.frozen = jax.tree.map(jnp.copy, self.state.trainable["params"])
+        if shape.model.lora_rank:
+            self.frozen = trainable.pop("params")
+        elif "reference" in needs(adjusted):
+            self.frozen = jax.tree.map(jnp.copy, trainable["params"])
+        self.state: TrainState = self.programs.init_state(trainable)
         self.number = 0
 
     def __call__(self) -> TrainState:
@@ -117,7 +120,7 @@ def flops(shape: Shape, base: str, updates: int, kl: bool, dispo: bool) -> float
     backward = (2 if sizes.lora_rank else 3) + sizes.remat
     length = shape.sampling.length
     span = shape.prompt + length
-    one = cost.forward_flops(sizes, span, span, length)
+    one = cost.forward_flops(sizes, span, span, length, span if sizes.remat else length)
     ratio = backward + 1 + kl
     update = updates * (2 * backward if base == "spg" else ratio)
     if dispo:
@@ -312,6 +315,8 @@ def main(argv: list[str]) -> None:
         return start()
     shape = SHAPES[_SHAPE.value]
     rows, details = against_base(shape)
+    if shape.name == "Fn":
+        return timing.save("steps_fn", rows, details)
     found, details["fillings"] = against_fillings(shape)
     rows += found
     for item, measure in (("start", lambda: start_up(shape)), ("host", host_gap)):

@@ -93,10 +93,19 @@ def order_flops(s: Shape, keys: int, queries: int) -> float:
     return 2.0 * keys * stored + 2.0 * queries * scored + 4.0 * d * queries * keys
 
 
-def forward_flops(s: Shape, queries: int, keys: int, logit_rows: int) -> float:
-    """One sequence: projections, attention scores and values, vocabulary rows."""
-    matmuls = 2.0 * s.n_layers * sum(i * o for i, o in linears(s)) * queries
-    attention = 4.0 * s.n_layers * s.d_model * queries * keys
+def forward_flops(
+    s: Shape, queries: int, keys: int, logit_rows: int, read: int | None = None
+) -> float:
+    """One sequence: projections, attention scores and values, vocabulary rows.
+
+    If only `read` positions will be read, the last layer computes keys and values alone of the
+    others.
+    """
+    left = 0 if read is None else queries - read
+    (_, k, v, *_), every = linears(s), sum(i * o for i, o in linears(s))
+    spared = every - k[0] * k[1] - v[0] * v[1]
+    matmuls = 2.0 * (s.n_layers * every * queries - spared * left)
+    attention = 4.0 * s.d_model * keys * (s.n_layers * queries - left)
     return matmuls + attention + 2.0 * s.d_model * s.vocab_size * logit_rows
 
 
@@ -161,11 +170,12 @@ def update_flops(
     """Forwards without gradient (`forward`) and with (`gradient`), all a sequence.
 
     A gradient pass costs 3 forwards, 2 under an adapter (frozen weights need no gradient of
-    their own), and one more where layers are recomputed.
+    their own), and one more where layers are recomputed; where they are not, the last one leaves
+    the prompt out.
     """
     span = prompt + length
     backward = (2 if s.lora_rank else 3) + (1 if s.remat else 0)
-    one = forward_flops(s, span, span, length)
+    one = forward_flops(s, span, span, length, span if s.remat else length)
     return sequences * one * (passes["forward"] + backward * passes["gradient"])
 
 

@@ -67,14 +67,18 @@ def test_a_gradient_pass_of_the_body_costs_what_the_formula_says(monkeypatch, re
     params = jax.eval_shape(lambda: models.init(cfg, jax.random.key(0)))
     tokens, valid = jnp.zeros((2, 6), jnp.int32), jnp.ones((2, 6), bool)
 
-    def value(params):
-        return jnp.sum(models.bind(cfg, params).encode(tokens, valid))
+    def value(params, *last):
+        return jnp.sum(models.bind(cfg, params).encode(tokens, valid, *last))
 
     one = cost.forward_flops(cost.shape_of(cfg), 6, 6, 0)
     # A layer's last product need not be done again: nothing but its result depends on it.
     again = one - 2 * cfg.n_layers * 6 * cfg.mlp_hidden_size * cfg.d_model if remat == "full" else 0
     scores = 2 * cfg.n_layers * cfg.d_model * 6 * 6 if platform == "cpu" else 0  # made again
     assert count(jax.grad(value), params) == 2 * (3 * one + again + scores)
+    if remat == "none":
+        read = cost.forward_flops(cost.shape_of(cfg), 6, 6, 0, 2)
+        scores -= 2 * cfg.d_model * 4 * 6 if scores else 0
+        assert count(jax.grad(lambda p: value(p, 2)), params) == 2 * (3 * read + scores)
 
 
 def test_a_loop_that_may_end_early_counts_as_often_as_it_can_run():

@@ -37,6 +37,7 @@ def test_the_test_on_the_page_passes():
 
 
 @pytest.mark.usefixtures("page")
+@pytest.mark.slow
 def test_the_method_on_the_page_trains(tmp_path):
     config = importlib.import_module("configs.reinforce").get_config()
     config.steps, config.prompts_per_step, config.warm_start.steps = 2, 4, 0

@@ -87,7 +87,9 @@ def model_mask(golden_dir):
     return model(golden_dir / "tiny_llada")[0].mask_token_id
 
 
-@pytest.mark.parametrize("cache", ["none", pytest.param("prefix", marks=pytest.mark.slow), "dual"])
+@pytest.mark.parametrize(
+    "cache", ["none", *(pytest.param(c, marks=pytest.mark.slow) for c in ("prefix", "dual"))]
+)
 def test_golden_fast_dllm(golden_dir, cache):
     recorded = np.load(golden_dir / "fast_dllm.npz")
     chosen = [case for case in cases(golden_dir, "fast_dllm") if case["cache"] == cache]

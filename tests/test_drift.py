@@ -116,6 +116,7 @@ def test_an_exact_cache_has_no_drift(case):
     assert float(found["drift/agreement"]) == 1
 
 
+@pytest.mark.slow
 def test_a_run_with_a_cache_logs_its_drift_and_what_it_costs(tmp_path):
     options = {"sampling__cache": "dual", "sampling__block_length": 8, "warm_start__steps": 0}
     options["model__n_layers"] = 2  # one layer's keys do not depend on what others hold

@@ -93,7 +93,7 @@ READERS = METHODS | {
 }
 
 
-@pytest.mark.parametrize("name", some_quick(READERS, {"spg", "dispo", "mdpo"}))
+@pytest.mark.parametrize("name", some_quick(READERS, {"spg", "dispo"}))
 def test_positions_that_are_not_needed_are_never_read(name, monkeypatch):
     """Neither by the loss nor by its gradient nor by what is scored before it."""
     asked = []

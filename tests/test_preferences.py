@@ -107,6 +107,7 @@ def options(file, **overrides):
     return made | {"terms": vrpo.get_config("tiny").terms.to_dict()}
 
 
+@pytest.mark.slow
 def test_a_run_learns_to_prefer_the_chosen(file, tmp_path):
     made = options(file)
     made["terms"]["vrpo"]["group_size"] = 2

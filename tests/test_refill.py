@@ -161,6 +161,7 @@ print(json.dumps(found))
 MESHES = ("8x1x1", "1x8x1", "2x2x2")
 
 
+@pytest.mark.slow
 def test_slots_on_a_mesh_give_the_same_tokens():
     found = simulated.run(SCRIPT, *MESHES)
     want = found["1x1x1"]

@@ -278,7 +278,7 @@ def padded(cfg, rows):
     return prompt, valid, template
 
 
-@pytest.mark.parametrize("kind", ["prefix", "dual"])
+@pytest.mark.parametrize("kind", [pytest.param("prefix", marks=pytest.mark.slow), "dual"])
 def test_a_cache_that_is_always_fresh_is_exact(llada, kind):
     cfg, params = llada
     denoiser = models.bind(cfg, {"params": params})

@@ -230,6 +230,7 @@ def test_a_step_in_chunks_hands_the_same_rows_to_the_update(monkeypatch):
     assert len(found[1]) >= 13
 
 
+@pytest.mark.slow
 def test_a_step_with_slots_hands_the_same_rows_to_the_update(monkeypatch):
     found = {}
     for refill in (True, False):

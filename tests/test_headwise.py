@@ -33,7 +33,7 @@ def test_it_computes_what_xla_does(monkeypatch, shape, kilobytes):
 
 
 @pytest.mark.parametrize(
-    ("heads", "size", "parts"), [(24, 2**15, 1), (24, 2**18, 6), (24, 2**22, 24), (7, 2**19, 7)]
+    ("heads", "size", "parts"), [(24, 2**15, 1), (24, 2**19, 6), (24, 2**22, 24), (7, 2**20, 7)]
 )
 def test_parts_are_equal_and_as_few_as_the_cache_allows(heads, size, parts):
     assert headwise._parts(heads, size) == parts

@@ -156,7 +156,8 @@ def peak_flops(dtype: str) -> float:
 def flops(shape: Shape) -> dict[str, float]:
     """Of a rollout and of mu updates: an old reading and a gradient each.
 
-    Recomputed layers do not count: utilisation is of the model's FLOPs.
+    Recomputed layers do not count, nor what the last one need not do of the prompt: utilisation is
+    of the least FLOPs.
     """
     sizes = cost.shape_of(shape.model)._replace(remat=False)
     sampling, length = shape.sampling, shape.sampling.length

@@ -125,10 +125,9 @@ def flops(shape: Shape, logit_rows: int) -> float:
 
 def exact_flops(shape: Shape) -> float:
     """What our sampler spends: head, last queries and last MLP on the block alone."""
-    sizes, block = cost.shape_of(shape.model), shape.sampling.block_length
-    span = shape.prompt + shape.sampling.length
-    one = cost.forward_flops(sizes, span, span, block, block)
-    return shape.rows * shape.sampling.steps * one
+    sampling = shape.sampling
+    context = (cost.shape_of(shape.model), shape.rows, shape.prompt, sampling.length)
+    return cost.rollout_flops(*context, sampling.block_length, sampling.steps)
 
 
 def sized(name: str) -> Timed:
@@ -213,7 +212,7 @@ def against_group_size() -> tuple[timing.Row, dict[str, Any]]:
 
 
 def against_length() -> tuple[timing.Row, dict[str, Any]]:
-    """Item 9: seconds against the analytic FLOPs times one rate that fits all, a step a block."""
+    """Item 9: seconds against the analytic FLOPs times one rate for all, a step a block."""
     runs, work = {}, {}
     for length in LENGTHS:
         config = dataclasses.replace(
@@ -224,7 +223,7 @@ def against_length() -> tuple[timing.Row, dict[str, Any]]:
         work[length] = exact_flops(timed.shape)
     times = timing.alternate(runs)
     rate = {n: work[n] / times[str(n)].median for n in LENGTHS}
-    mean = statistics.geometric_mean(rate.values())  # the curve that fits best
+    mean = statistics.geometric_mean(rate.values())  # least squares in logarithms
     worst = max(abs(rate[n] / mean - 1) for n in LENGTHS)
     shown = ", ".join(f"{n}: {rate[n] / 1e9:.1f}" for n in LENGTHS)
     row = timing.Row(

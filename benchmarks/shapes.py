@@ -1,8 +1,8 @@
 """The shapes at which speed is measured.
 
 T0 spends its time in the layers, T1 in the vocabulary, F is LLaDA-8B, Fn what F does on a model a
-sixteenth as wide and an eighth as deep, with the same shares of layers, head and adapter. tiny
-tries a script out.
+sixteenth as wide and an eighth as deep: head and adapter have the same shares beside the layers'
+products, attention's scores 27% of these, at F 1.7%. tiny tries a script out.
 """
 
 from typing import Any, NamedTuple

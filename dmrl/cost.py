@@ -159,9 +159,9 @@ def memory(
 def rollout_flops(
     s: Shape, sequences: int, prompt: int, length: int, block: int, steps: int
 ) -> float:
-    """`steps` forwards a sequence, with the head on the current block alone."""
+    """`steps` forwards a sequence, of which the current block alone is read."""
     span = prompt + length
-    return sequences * steps * forward_flops(s, span, span, block)
+    return sequences * steps * forward_flops(s, span, span, block, block)
 
 
 def update_flops(
@@ -188,7 +188,7 @@ def order_update_flops(
     twice and backward at the cost of two.
     """
     span = prompt + length
-    denoiser = forward_flops(s, span, span, block) * (1 if kept else 2)
+    denoiser = forward_flops(s, span, span, block, block) * (1 if kept else 2)
     return sequences * steps * (denoiser + 4 * order_flops(s, span, block))
 
 

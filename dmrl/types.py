@@ -54,8 +54,8 @@ class Denoiser(NamedTuple):
 
     encode: Callable[..., Float[Array, "batch seq width"]]
     """(tokens [B,S], valid [B,S]) -> hidden [B,S,D]; `hidden[:, i]` predicts token i. A third
-    argument says that only so many of the last positions will be read: the others may be left
-    out."""
+    argument, which may be ignored, says that only so many of the last positions will be read:
+    the others may be left out, and who gave it reads from the end."""
     logits: Callable[..., Float[Array, "*lead vocab"]]
     """hidden [...,D] -> float32 [...,V]; the mask token's logit is -inf."""
     log_prob: Callable[..., Float[Array, "*lead labels"]]

@@ -47,7 +47,10 @@ def test_forward_flops_of_the_reference_shape(rows, tera):
 
 
 def test_rollout_is_steps_times_a_forward():
-    one = cost.forward_flops(LLADA, 456, 456, 32)
+    one = cost.forward_flops(LLADA, 456, 456, 32, 32)
+    # Of 424 positions the last layer spares queries, attention's output, SwiGLU and scores.
+    spared = 424 * (2 * (2 * 4096**2 + 3 * 4096 * 12288) + 4 * 4096 * 456)
+    assert one == cost.forward_flops(LLADA, 456, 456, 32) - spared
     assert cost.rollout_flops(LLADA, 6, 200, 256, 32, 128) == pytest.approx(6 * 128 * one)
 
 
@@ -85,7 +88,7 @@ def test_an_order_is_trained_beside_a_denoiser_that_is_not():
     told = cost.dry_run(made)
     assert f"base, frozen; {size:,} trained (an order)" in told
     # 144 trajectories of 12 decisions, 16 times; the denoiser twice, at the least.
-    least = 16 * 144 * 12 * 2 * cost.forward_flops(shape, 288, 288, 32)
+    least = 16 * 144 * 12 * 2 * cost.forward_flops(shape, 288, 288, 32, 32)
     found = 16 * cost.order_update_flops(shape, 144, 256, 32, 32, 12, kept=False)
     assert least < found < 1.1 * least
     assert f"update {found / 1e12:,.3g} TFLOP" in told

@@ -57,6 +57,14 @@ def test_the_kernels_of_the_layers_and_nothing_else():
         assert_close(tree[name], fresh[name], rtol=0)
 
 
+def test_the_last_positions_alone_are_those_of_the_whole():
+    cfg, (rounded, _) = dataclasses.replace(CFG, remat="none"), variables()
+    tokens, valid = sample()
+    read = jax.jit(lambda *last: bind(cfg, rounded).encode(tokens, valid, *last), static_argnums=0)
+    assert_close(read(4), read()[:, -4:], rtol=1e-5)
+    assert read(4).shape[1] == 4
+
+
 @pytest.mark.slow
 def test_every_way_to_read_the_model_is_that_of_the_rounded_weights():
     tokens, valid = sample()

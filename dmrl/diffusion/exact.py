@@ -118,7 +118,8 @@ def _predictions(
     def logits(context: jax.Array) -> jax.Array:
         context = jnp.broadcast_to(context, (len(states), *context.shape))
         tokens = jnp.concatenate([context, jnp.array(states)], axis=1)
-        hidden = denoiser.encode(tokens, jnp.ones(tokens.shape, bool))[:, prompt.shape[0] :]
+        length = len(states[0])
+        hidden = denoiser.encode(tokens, jnp.ones(tokens.shape, bool), length)[:, -length:]
         return denoiser.logits(hidden).at[..., denoiser.mask_id].set(-1e30)  # finite: subtracted
 
     @jax.jit

@@ -60,10 +60,11 @@ class LLaDA(nn.Module):
     ) -> Float[Array, "b w d"]:
         """Hidden states of the `last` positions alone; for differentiation, too.
 
-        The last layer computes only keys and values of the others, unless layers are recomputed:
-        the loop over these reads them stacked, and to cut the stack in two would copy it.
+        The last layer computes only keys and values of the others, unless layers are recomputed
+        (the loop over these reads them stacked, and to cut the stack in two would copy it) or
+        attention is splash, which answers all positions.
         """
-        if self.cfg.remat != "none":
+        if self.cfg.remat != "none" or self.cfg.attention == "splash":
             return self(tokens, valid)[:, -last:]
         block, rotated = Block(self.cfg, parent=None), turns(self.cfg, valid)
         early, final = self._split()
@@ -71,7 +72,7 @@ class LLaDA(nn.Module):
             lambda x, weights: block.apply(weights, x, valid, rotated),
             self._embedded(tokens),
             early,
-            unroll=max(self.cfg.n_layers - 1, 1),
+            unroll=True,
         )
         window = (jnp.int32(tokens.shape[1] - last), last)
         return self._normed(block.apply(final, x, valid, rotated, window)[0], tokens.shape[0])

@@ -183,8 +183,7 @@ def against_peer(label: str, name: str) -> tuple[timing.Row, dict[str, Any]]:
     whole = 3 * forwards * cost.forward_flops(sizes, span, span, span)
     recomputed = shape.model.vocab_size > logprob.CHUNK  # each chunk's logits once more
     head = forwards * 2.0 * length * shape.model.d_model * shape.model.vocab_size
-    read = span if sizes.remat else length
-    least = 3 * forwards * cost.forward_flops(sizes, span, span, length, read)
+    least = 3 * forwards * cost.scoring_flops(sizes, shape.prompt, length)
     again = recomputed * head
     if shape.model.remat != "none":
         again += forwards * cost.forward_flops(sizes, span, span, 0)

@@ -119,8 +119,7 @@ def flops(shape: Shape, base: str, updates: int, kl: bool, dispo: bool) -> float
     sizes = cost.shape_of(shape.model)
     backward = (2 if sizes.lora_rank else 3) + sizes.remat
     length = shape.sampling.length
-    span = shape.prompt + length
-    one = cost.forward_flops(sizes, span, span, length, span if sizes.remat else length)
+    one = cost.scoring_flops(sizes, shape.prompt, length)
     ratio = backward + 1 + kl
     update = updates * (2 * backward if base == "spg" else ratio)
     if dispo:

@@ -164,18 +164,25 @@ def rollout_flops(
     return sequences * steps * forward_flops(s, span, span, block, block)
 
 
+def scoring_flops(s: Shape, prompt: int, length: int) -> float:
+    """One forward of a loss on one sequence, of which the completion is read.
+
+    Only where layers are not recomputed does the last one leave the prompt out (`LLaDA.tail`).
+    """
+    span = prompt + length
+    return forward_flops(s, span, span, length, span if s.remat else length)
+
+
 def update_flops(
     s: Shape, sequences: int, prompt: int, length: int, passes: dict[str, int]
 ) -> float:
     """Forwards without gradient (`forward`) and with (`gradient`), all a sequence.
 
     A gradient pass costs 3 forwards, 2 under an adapter (frozen weights need no gradient of
-    their own), and one more where layers are recomputed; where they are not, the last one leaves
-    the prompt out.
+    their own), and one more where layers are recomputed.
     """
-    span = prompt + length
     backward = (2 if s.lora_rank else 3) + (1 if s.remat else 0)
-    one = forward_flops(s, span, span, length, span if s.remat else length)
+    one = scoring_flops(s, prompt, length)
     return sequences * one * (passes["forward"] + backward * passes["gradient"])
 
 

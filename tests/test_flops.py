@@ -8,7 +8,7 @@ import pytest
 
 from dmrl import cost, flops, models
 from dmrl.diffusion import sampler
-from dmrl.models import attention, headwise, logprob
+from dmrl.models import headwise, logprob, products
 
 CFG = models.Config(
     vocab_size=32,
@@ -55,7 +55,7 @@ def test_a_rollout_costs_what_the_formula_says():
 @pytest.mark.parametrize("platform", ["accelerator", "cpu"])
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_a_gradient_pass_of_the_body_costs_what_the_formula_says(monkeypatch, remat, platform):
-    monkeypatch.setattr(attention, "_platform", lambda: platform)
+    monkeypatch.setattr(products, "platform", lambda: platform)
     monkeypatch.setattr(headwise, "SHORTEST", 1)
     # Of different lengths, or what was traced for one platform would serve the other.
     longest = CFG.max_sequence_length + len(platform)

@@ -347,7 +347,8 @@ def test_matrices_in_the_compute_type_have_the_gradient_of_the_stored_ones():
 
     got, want = gradient(read), gradient(stored)
     assert got["params"]["blocks"]["attn"]["q_proj"]["kernel"].dtype == jnp.bfloat16
-    assert_close(jax.tree.map(lambda x: x.astype(jnp.float32), got), want, rtol=1e-3)
+    # The compiler may leave out the rounding of a product that is widened at once.
+    assert_close(jax.tree.map(lambda x: x.astype(jnp.float32), got), want, rtol=2**-8)
 
 
 def test_an_update_of_whole_weights_holds_one_sum_and_one_gradient():

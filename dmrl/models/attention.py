@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from dmrl.models import headwise
+from dmrl.models import headwise, products
 
 KINDS = ("xla", "splash")
 TILE = 128
@@ -38,18 +38,12 @@ def attend(
     `splash` where the program is compiled for a TPU and every position asks; else XLA's, and of
     long sequences on a CPU `headwise`.
     """
-    platform = _platform()
-    if kind == "splash" and platform == "tpu" and q.shape[1] == k.shape[1]:
+    target = products.platform()
+    if kind == "splash" and target == "tpu" and q.shape[1] == k.shape[1]:
         return splash(q, k, v, valid)
-    if platform == "cpu" and k.shape[1] >= headwise.SHORTEST:
+    if target == "cpu" and k.shape[1] >= headwise.SHORTEST:
         return on_each_device(headwise.attention, q, k, v, valid)
     return xla(q, k, v, valid)
-
-
-def _platform() -> str:
-    """What programs are compiled for: of the mesh in use, which need not be attached."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
 
 
 def xla(q: Any, k: Any, v: Any, valid: Any) -> Any:

@@ -22,7 +22,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from dmrl.models.layers import BATCH_AXES, constrain, dot
+from dmrl.models import products
+from dmrl.models.layers import BATCH_AXES, constrain, dot, matmul_precision
 
 CHUNK = 4096
 """Columns of the vocabulary held at a time. A vocabulary up to this size is one chunk."""
@@ -297,8 +298,9 @@ def _backward(
                 d_part += jnp.where(local[..., z : z + 1] == places, cotangent[..., z : z + 1], 0.0)
             d_part = d_part.astype(hidden.dtype)
             d_hidden += dot(d_part, columns.T, jnp.float32)
-            rows = hidden.reshape(-1, hidden.shape[-1])
-            return d_hidden, dot(rows.T, d_part.reshape(-1, chunk), jnp.float32)
+            rows, parts = hidden.reshape(-1, hidden.shape[-1]), d_part.reshape(-1, chunk)
+            precision = matmul_precision(str(rows.dtype))
+            return d_hidden, products.over_rows(rows, parts, precision, jnp.float32)
 
         nothing = jnp.zeros(columns.shape, jnp.float32)
         d_hidden, d_columns = tiles.visit(update, d_hidden, packed, nothing)

@@ -1,6 +1,7 @@
 """SPG and diffu-GRPO, loss and gradient, against the standard ones; the chunked log-probability.
 
     python benchmarks/losses.py [--shapes=T0,T1] [--timed_rows=3072] [--clock=cpu]
+    JAX_NUM_CPU_DEVICES=2 python benchmarks/losses.py     # each of two cores half the rows
 
 First asserts that losses agree within 1e-5 (of the mean advantage: those of a group cancel) and
 gradients within 1e-4 of their norm. Items 3, 4 and 12.
@@ -25,7 +26,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from benchmarks import peer, timing  # noqa: E402
+from benchmarks import peer, spread, timing  # noqa: E402
 from benchmarks.shapes import SHAPES, T1, Shape  # noqa: E402
 from dmrl import cost, heap, models  # noqa: E402
 from dmrl.algorithms import diffu_grpo, spg  # noqa: E402
@@ -95,11 +96,12 @@ def _hyper(algorithm: Any, shape: Shape) -> Any:
 def case(algorithm: Any, shape: Shape) -> Case:
     """One batch for both, prepared by us. Old and reference policy are the policy, moved a bit."""
     cfg, hp = shape.model, _hyper(algorithm, shape)
-    params = models.init(cfg, jax.random.key(0))["params"]
+    params = spread.whole(models.init(cfg, jax.random.key(0))["params"])
     moved = jax.tree.map(lambda x: x * 1.003, params)
     bind = functools.partial(models.bind, cfg, keep_mask=True)
     inner = Inner(jnp.int32(0), 1, jax.random.key(4))
 
+    @spread.in_mesh
     @jax.jit
     def prepare(params, moved, rollout):
         old = bind({"params": moved})
@@ -109,8 +111,9 @@ def case(algorithm: Any, shape: Shape) -> Case:
     def loss(params, batch):
         return algorithm.loss(Models(bind({"params": params}), None, None), batch, hp)[0]
 
-    batch = prepare(params, moved, _rollout(shape))
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(params, batch).compile()
+    batch = prepare(params, moved, spread.rows(_rollout(shape)))
+    lower = spread.in_mesh(jax.jit(jax.value_and_grad(loss)).lower)
+    compiled = lower(params, batch).compile()
     network = peer.model(cfg, params)
     tensors = {name: peer.tensor(x) for name, x in batch._asdict().items()}
     standard = peer.spg_loss if algorithm is spg else peer.diffu_grpo_loss

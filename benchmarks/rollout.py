@@ -1,8 +1,9 @@
 """Sampling against the standard PyTorch sampler, against our own full logits, against the roof.
 
     python benchmarks/rollout.py [--shapes=T0,T1] [--timed_steps=8] [--clock=cpu]
+    JAX_NUM_CPU_DEVICES=2 python benchmarks/rollout.py     # each of two cores half the rows
 
-First asserts that at temperature 0 all of them decode the same tokens. Items 1, 2, 8 and 9.
+First asserts that at temperature 0 all of them decode the same tokens. Items 1, 2, 8, 9 and 11.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from benchmarks import peer, timing  # noqa: E402
+from benchmarks import peer, spread, timing  # noqa: E402
 from benchmarks.shapes import SHAPES, T0, Shape  # noqa: E402
 from dmrl import cost, heap, models  # noqa: E402
 from dmrl.diffusion import refill  # noqa: E402
@@ -61,9 +62,10 @@ def make(shape: Shape, steps: int) -> Timed:
     # One prompt, as in a group.
     prompt = jax.random.randint(jax.random.key(1), (1, shape.prompt), 0, shape.model.eos_token_id)
     prompt = jnp.repeat(prompt, shape.rows, axis=0)
-    return Timed(shape._replace(sampling=sampling), params, prompt)
+    return Timed(shape._replace(sampling=sampling), spread.whole(params), spread.rows(prompt))
 
 
+@spread.in_mesh
 @functools.partial(jax.jit, static_argnames=("cfg", "config"))
 def _sample(params, prompt, template, key, *, cfg, config):
     denoiser = models.bind(cfg, {"params": params}, keep_mask=True)
@@ -75,12 +77,12 @@ def _sample(params, prompt, template, key, *, cfg, config):
 def _masks(timed: Timed) -> jax.Array:
     shape = timed.shape
     size = (shape.rows, shape.sampling.length)
-    return jnp.full(size, shape.model.mask_token_id, jnp.int32)
+    return spread.rows(np.full(size, shape.model.mask_token_id, np.int32))
 
 
 def ours(timed: Timed, config: Sampling) -> Callable[[], jax.Array]:
     """Our sampler: the vocabulary head reads the current block."""
-    cfg, template, key = timed.shape.model, _masks(timed), jax.random.key(2)
+    cfg, template, key = timed.shape.model, _masks(timed), spread.whole(jax.random.key(2))
     return lambda: _sample(timed.params, timed.prompt, template, key, cfg=cfg, config=config)
 
 
@@ -92,7 +94,7 @@ def full_logits(timed: Timed, config: Sampling) -> Callable[[], jax.Array]:
     span = timed.shape.prompt + config.length
     whole = dataclasses.replace(config, length=span, block_length=span)
     template = jnp.concatenate([timed.prompt, _masks(timed)], axis=1)
-    cfg, nothing, key = timed.shape.model, timed.prompt[:, :0], jax.random.key(2)
+    cfg, nothing, key = timed.shape.model, timed.prompt[:, :0], spread.whole(jax.random.key(2))
     run = functools.partial(_sample, cfg=cfg, config=whole)
     return lambda: run(timed.params, nothing, template, key)[:, timed.shape.prompt :]
 
@@ -252,12 +254,14 @@ def against_full_length() -> tuple[timing.Row, dict[str, Any]]:
     short = jnp.where(place, cfg.eos_token_id, _masks(timed))
     valid, row = jnp.ones(timed.prompt.shape, bool), jnp.arange(rows, dtype=jnp.int32)
 
+    @spread.in_mesh
     @jax.jit
     def queued(params, template):
         denoiser = _endless(params, cfg)
         args = (timed.prompt, valid, template, row, row, jax.random.key(2), config)
         return refill.sample(denoiser, *args, T0.rows).length
 
+    @spread.in_mesh
     @jax.jit
     def batches(params, template):
         denoiser = _endless(params, cfg)

@@ -25,10 +25,10 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from benchmarks import runs, timing  # noqa: E402
+from benchmarks import runs, spread, timing  # noqa: E402
 from benchmarks.shapes import SHAPES, F, Shape  # noqa: E402
 from configs import sudoku_dispo  # noqa: E402
-from dmrl import cost, heap, models, optim, parallel, recipe, trainer  # noqa: E402
+from dmrl import cost, heap, models, optim, recipe, trainer  # noqa: E402
 from dmrl.objective import Term, make_term, needs  # noqa: E402
 from dmrl.programs import Programs, TrainState  # noqa: E402
 
@@ -53,7 +53,7 @@ class Step:
 
     def __init__(self, shape: Shape, terms: Sequence[Term], updates: int) -> None:
         adjusted = tuple(_with_blocks(term, shape) for term in terms)
-        self.shape, self.mesh = shape, parallel.make_mesh()
+        self.shape, self.mesh = shape, spread.mesh()
         self.programs = Programs(
             shape.model,
             adjusted,
@@ -283,6 +283,7 @@ def host_gap() -> tuple[timing.Row, dict[str, Any]]:
     config.evaluation.every, config.evaluation.splits = 0, ()
     config.evaluation.steps, config.evaluation.size = (), 16
     config.checkpoint_every = 0
+    config.mesh.data, config.mesh.fsdp = -1, 1
     with tempfile.TemporaryDirectory() as folder:
         trainer.train(recipe.build(config.to_dict()), Path(folder), config.to_dict())
         lines = runs.step_lines(Path(folder))[2:]

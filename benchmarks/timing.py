@@ -153,6 +153,7 @@ def machine() -> dict[str, Any]:
     return {
         "device": device.device_kind if device.platform != "cpu" else (names or ["cpu"])[0],
         "cores": cores(),
+        "devices": jax.device_count(),
         "clock": CLOCK.value,
         "peak GFLOP/s": round(peak_flops() / 1e9, 1),
         "load": os.getloadavg()[0],

@@ -200,14 +200,15 @@ class Reinforce:
         behaviour = state.trainable if state.teacher is None else state.teacher
         count = 1 if self.programs.slots else loop.rollout_chunks
         chunks = np.split(index, count)
-        launched, first_row = [], 0
         inputs = (np.split(x, count) for x in self.train.rows(index))
+        launched, first_row, before_rollout = [], 0, time.perf_counter()
         for prompts in zip(*inputs, strict=True):
             launched.append(
                 self.programs.rollout(behaviour, self.held.frozen, prompts, first_row, key)
             )
             first_row += len(prompts[0]) * size
-        scored, waited, rewarding = [], 0.0, 0.0
+        # On several devices of a CPU each launch has waited for the one before it.
+        scored, waited, rewarding = [], time.perf_counter() - before_rollout, 0.0
         for chunk, (rollout, probes) in zip(chunks, launched, strict=True):
             clock = time.perf_counter()
             jax.block_until_ready((rollout, probes))

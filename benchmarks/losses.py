@@ -1,10 +1,10 @@
 """SPG and diffu-GRPO, loss and gradient, against the standard ones; the chunked log-probability.
 
     python benchmarks/losses.py [--shapes=T0,T1] [--timed_rows=3072] [--clock=cpu]
-    JAX_NUM_CPU_DEVICES=2 python benchmarks/losses.py     # each of two cores half the rows
+    JAX_NUM_CPU_DEVICES=2 python benchmarks/losses.py     # two devices, half the rows each
 
 First asserts that losses agree within 1e-5 (of the mean advantage: those of a group cancel) and
-gradients within 1e-4 of their norm. Items 3, 4 and 12.
+gradients within 1e-4 of their norm. Items 3, 4 and 12, the last on one device.
 """
 
 import dataclasses
@@ -160,9 +160,10 @@ def print_memory(label: str, name: str) -> None:
 
 
 def peak_memory(label: str, name: str) -> dict[str, int]:
-    """`print_memory` of a process whose malloc gives everything large back at once."""
+    """`print_memory` of a process with one device, whose malloc gives everything large back."""
     command = [sys.executable, __file__, f"--memory={label},{name}"]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "JAX_NUM_CPU_DEVICES": "1"}
+    environment.pop("LD_PRELOAD", None)
     done = subprocess.run(command, env=environment, cwd=ROOT, check=True, stdout=subprocess.PIPE)
     found: dict[str, int] = json.loads(done.stdout)
     return found

@@ -1,7 +1,7 @@
 """Sampling against the standard PyTorch sampler, against our own full logits, against the roof.
 
     python benchmarks/rollout.py [--shapes=T0,T1] [--timed_steps=8] [--clock=cpu]
-    JAX_NUM_CPU_DEVICES=2 python benchmarks/rollout.py     # each of two cores half the rows
+    JAX_NUM_CPU_DEVICES=2 python benchmarks/rollout.py     # two devices, half the rows each
 
 First asserts that at temperature 0 all of them decode the same tokens. Items 1, 2, 8, 9 and 11.
 """
@@ -251,30 +251,30 @@ def against_full_length() -> tuple[timing.Row, dict[str, Any]]:
     timed = make(T0._replace(rows=rows), config.steps)
     last = (np.arange(rows) % config.blocks + 1) * width - 1
     place = jnp.arange(config.length)[None] == last[:, None]
-    short = jnp.where(place, cfg.eos_token_id, _masks(timed))
-    valid, row = jnp.ones(timed.prompt.shape, bool), jnp.arange(rows, dtype=jnp.int32)
+    prompt, masks = spread.whole((timed.prompt, _masks(timed)))  # a queue, as `Programs` has it
+    short = jnp.where(place, cfg.eos_token_id, masks)
+    valid, row = jnp.ones(prompt.shape, bool), jnp.arange(rows, dtype=jnp.int32)
 
     @spread.in_mesh
     @jax.jit
     def queued(params, template):
         denoiser = _endless(params, cfg)
-        args = (timed.prompt, valid, template, row, row, jax.random.key(2), config)
-        return refill.sample(denoiser, *args, T0.rows).length
+        args = (prompt, valid, template, row, row, jax.random.key(2), config)
+        return refill.sample(denoiser, *args, T0.rows, spread.cut).length
 
     @spread.in_mesh
     @jax.jit
     def batches(params, template):
         denoiser = _endless(params, cfg)
-        cuts = [x.reshape(REFILLED, T0.rows, -1) for x in (timed.prompt, valid, template)]
+        cuts = [x.reshape(REFILLED, T0.rows, -1) for x in (prompt, valid, template)]
 
         def one(args):
-            prompt, valid, template, row = args
-            context = (prompt, valid, template, row, row, jax.random.key(2), config)
+            *context, row = args
+            context = (*spread.cut(context), row, row, jax.random.key(2), config)
             return sample(denoiser, *context, stop_at_eos=True).length
 
         return jax.lax.map(one, (*cuts, row.reshape(REFILLED, T0.rows))).reshape(-1)
 
-    whole = _masks(timed)
     lengths = np.asarray(queued(timed.params, short))
     np.testing.assert_array_equal(lengths, last + 1)
     np.testing.assert_array_equal(batches(timed.params, short), lengths)
@@ -282,7 +282,7 @@ def against_full_length() -> tuple[timing.Row, dict[str, Any]]:
         {
             "refill": lambda: queued(timed.params, short),
             "batches that stop": lambda: batches(timed.params, short),
-            "nothing ends": lambda: batches(timed.params, whole),
+            "nothing ends": lambda: batches(timed.params, masks),
         }
     )
     share = float(lengths.mean()) / config.length

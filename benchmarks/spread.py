@@ -1,6 +1,6 @@
 """Rows cut over all devices, weights whole on each: what `mesh.data=-1 mesh.fsdp=1` makes of a run.
 
-One device unless JAX_NUM_CPU_DEVICES says how many a CPU shall be.
+A CPU is one device unless JAX_NUM_CPU_DEVICES says how many.
 """
 
 import functools
@@ -21,6 +21,11 @@ def mesh() -> jax.sharding.Mesh:
 def rows(tree: Any) -> Any:
     """Each device its share of the first axis, which must divide."""
     return jax.device_put(tree, parallel.batch_sharding(mesh()))
+
+
+def cut(tree: Any) -> Any:
+    """`rows` inside a program."""
+    return jax.lax.with_sharding_constraint(tree, parallel.batch_sharding(mesh()))
 
 
 def whole(tree: Any) -> Any:

@@ -64,7 +64,8 @@ class Step:
             updates,
         )
         # Compiled, as the trainer does.
-        trainable = jax.jit(models.init, static_argnums=0)(shape.model, jax.random.key(0))
+        init = jax.jit(models.init, static_argnums=0)
+        trainable = spread.whole(init(shape.model, jax.random.key(0)))
         self.frozen = None
         if shape.model.lora_rank:
             self.frozen = trainable.pop("params")

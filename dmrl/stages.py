@@ -201,14 +201,14 @@ class Reinforce:
         count = 1 if self.programs.slots else loop.rollout_chunks
         chunks = np.split(index, count)
         inputs = (np.split(x, count) for x in self.train.rows(index))
-        launched, first_row, before_rollout = [], 0, time.perf_counter()
+        launched, first_row, sampling = [], 0, 0.0
         for prompts in zip(*inputs, strict=True):
             launched.append(
                 self.programs.rollout(behaviour, self.held.frozen, prompts, first_row, key)
             )
             first_row += len(prompts[0]) * size
-        # On several devices of a CPU each launch has waited for the one before it.
-        scored, waited, rewarding = [], time.perf_counter() - before_rollout, 0.0
+            sampling = sampling or time.perf_counter()  # on a CPU's devices the next launch waits
+        scored, waited, rewarding = [], time.perf_counter() - sampling, 0.0
         for chunk, (rollout, probes) in zip(chunks, launched, strict=True):
             clock = time.perf_counter()
             jax.block_until_ready((rollout, probes))

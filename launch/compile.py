@@ -7,7 +7,8 @@
 The rollout (sampler and probes) and the update are those that launch/train.py runs. Compiling is
 not running: it shows that they build, what they hold and what they send, not how fast they are.
 Needs no TPU, but its compiler: pip install '.[tpu]'. `--topology=cpu:8` simulates 8 devices, whose
-attention holds less than an accelerator's (dmrl/models/headwise.py).
+attention holds less than an accelerator's and whose gradients transpose what they multiply
+(dmrl/models/headwise.py, products.py).
 """
 
 import logging

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmrl.models import layers, products
+from dmrl.models import headwise, layers, products
 
 
 def drawn(*shape, dtype="float32"):
@@ -34,6 +34,31 @@ def test_on_a_cpu_no_product_contracts_rows_of_its_left_operand(i, o):
     x, y = drawn(7, i), drawn(7, o)
     assert "lhs_contracting_dims={0}" in compiled(lambda x, y: x.mT @ y, x, y), "what Eigen gets"
     assert "lhs_contracting_dims={0}" not in compiled(products.over_rows, x, y)
+
+
+def projected(kernel):
+    return layers.dot(jnp.sin(drawn(70, 12)), kernel)
+
+
+def attended(q):
+    return headwise.attention(q, q, q, jnp.ones(q.shape[:2], bool))
+
+
+@pytest.mark.parametrize(
+    ("f", "shape", "slow"),
+    [
+        (projected, (12, 20), "lhs_contracting_dims={0}"),
+        (projected, (12, 5), "lhs_contracting_dims={0}"),
+        (attended, (2, 70, 3, 8), "lhs_batch_dims={0}, lhs_contracting_dims={1}"),
+    ],
+    ids=["wider", "narrower", "attention"],
+)
+def test_nor_does_one_of_the_gradients_made_of_it(monkeypatch, f, shape, slow):
+    gradient = jax.grad(lambda x: jnp.sum(f(x)) ** 2)
+    assert slow not in compiled(gradient, drawn(*shape))
+    monkeypatch.setattr(products, "platform", lambda: "gpu")
+    jax.clear_caches()
+    assert slow in compiled(gradient, drawn(*shape)), "as without"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

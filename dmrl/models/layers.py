@@ -42,7 +42,10 @@ def _matmul(a: jax.Array, b: jax.Array, **how: Any) -> jax.Array:
 
 @jax.custom_vjp
 def _dot_on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x @ kernel, whose gradient for the kernel is a product that a CPU is fast at."""
+    """x @ kernel, whose gradient for the kernel is a product that a CPU is fast at.
+
+    There is no forward-mode derivative.
+    """
     return _matmul(x, kernel)
 
 

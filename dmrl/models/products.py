@@ -1,8 +1,9 @@
 """x^T y, the product of a gradient, in the form that a CPU computes fast.
 
-XLA's CPU backend has fast kernels for products over the last axis of the left operand. One over
-rows it hands to Eigen, which takes a tenth of a small model's update to pack the operand (measured,
-docs/performance.md); so the narrower operand is transposed first. Other platforms read either form.
+XLA's CPU backend has fast kernels for products over the last axis of the left operand; one over
+rows it hands to Eigen, which packs the operand first. Transposing the narrower operand instead
+takes a tenth off a small model's loss and gradient (measured, docs/performance.md). Other platforms
+read either form.
 """
 
 import functools

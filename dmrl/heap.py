@@ -16,8 +16,8 @@ def keep_pages() -> bool:
     to the system at once, and each page is then faulted in again: a third of an update of a small
     model (measured, docs/performance.md). The process keeps the most it ever held. Does nothing
     where an accelerator may be used (its plugin is installed, and JAX_PLATFORMS does not say cpu),
-    where the environment already sets malloc, or without glibc; a malloc that is preloaded, which does
-    better (jemalloc), takes no notice.
+    where the environment already sets malloc, or without glibc; a malloc that is preloaded,
+    which may do better (jemalloc), takes no notice.
     """
     tuned = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if tuned or any(name.startswith("MALLOC_") for name in os.environ) or not _cpu_only():

@@ -44,7 +44,7 @@ ITEMS = {"T0": 6, "T1": 2}
 GOALS = {
     ("spg", "T0"): 1.5,
     ("spg", "T1"): 2.5,
-    ("diffu_grpo", "T0"): 1.0,
+    ("diffu_grpo", "T0"): 1.5,
     ("diffu_grpo", "T1"): 1.3,
 }
 HEAD_ROWS = 3072

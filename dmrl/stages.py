@@ -201,14 +201,14 @@ class Reinforce:
         count = 1 if self.programs.slots else loop.rollout_chunks
         chunks = np.split(index, count)
         inputs = (np.split(x, count) for x in self.train.rows(index))
-        launched, first_row, sampling = [], 0, 0.0
+        launched, first_row, busy = [], 0, 0.0
         for prompts in zip(*inputs, strict=True):
             launched.append(
                 self.programs.rollout(behaviour, self.held.frozen, prompts, first_row, key)
             )
             first_row += len(prompts[0]) * size
-            sampling = sampling or time.perf_counter()  # on a CPU's devices the next launch waits
-        scored, waited, rewarding = [], time.perf_counter() - sampling, 0.0
+            busy = busy or time.perf_counter()  # the devices are, while the others are launched
+        scored, waited, rewarding = [], time.perf_counter() - busy, 0.0
         for chunk, (rollout, probes) in zip(chunks, launched, strict=True):
             clock = time.perf_counter()
             jax.block_until_ready((rollout, probes))

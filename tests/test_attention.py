@@ -13,7 +13,7 @@ import pytest
 import simulated
 from running import ROOT
 
-from dmrl.models import Config, attention, products
+from dmrl.models import Config, attention, target
 
 SMALL = Config(vocab_size=16, d_model=256, n_layers=1, n_heads=2, n_kv_heads=2,
                mlp_hidden_size=8, mask_token_id=0, eos_token_id=1)  # fmt: skip
@@ -51,7 +51,7 @@ def test_elsewhere_than_on_a_tpu_it_is_the_usual():
 
 
 def test_a_window_does_not_take_the_kernel(monkeypatch):
-    monkeypatch.setattr(products, "platform", lambda: "tpu")
+    monkeypatch.setattr(target, "platform", lambda: "tpu")
     q, k, v, valid = inputs(128)
     made = jax.make_jaxpr(lambda *a: attention.attend(*a, "splash"))
     assert "pallas_call" not in str(made(q[:, :32], k, v, valid))

@@ -8,7 +8,7 @@ import pytest
 
 from dmrl import cost, flops, models
 from dmrl.diffusion import sampler
-from dmrl.models import headwise, logprob, products
+from dmrl.models import headwise, logprob, target, tiles
 
 CFG = models.Config(
     vocab_size=32,
@@ -55,7 +55,7 @@ def test_a_rollout_costs_what_the_formula_says():
 @pytest.mark.parametrize("platform", ["accelerator", "cpu"])
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_a_gradient_pass_of_the_body_costs_what_the_formula_says(monkeypatch, remat, platform):
-    monkeypatch.setattr(products, "platform", lambda: platform)
+    monkeypatch.setattr(target, "platform", lambda: platform)
     monkeypatch.setattr(headwise, "SHORTEST", 1)
     # Of different lengths, or what was traced for one platform would serve the other.
     longest = CFG.max_sequence_length + len(platform)
@@ -89,7 +89,7 @@ def test_a_loop_that_may_end_early_counts_as_often_as_it_can_run():
 
 
 def test_rows_that_may_be_left_out_of_the_head_are_counted(monkeypatch):
-    monkeypatch.setattr(logprob, "TILE", 8)
+    monkeypatch.setattr(tiles, "TILE", 8)
     monkeypatch.setattr(logprob, "CHUNK", 64)
     hidden, kernel, labels = jnp.ones((32, 4)), jnp.ones((4, 256)), jnp.zeros((32, 1), jnp.int32)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmrl.models import logprob
+from dmrl.models import logprob, tiles
 
 WIDTH = 16
 DROPPED = 37
@@ -145,7 +145,7 @@ SHARES = {"none": 0.0, "one": 0.02, "half": 0.5, "all": 1.0}
 @pytest.mark.parametrize("chunk", [64, 4096])
 def test_rows_that_are_not_needed_change_nothing(monkeypatch, chunk, share, dtype):
     monkeypatch.setattr(logprob, "CHUNK", chunk)
-    monkeypatch.setattr(logprob, "TILE", 8)
+    monkeypatch.setattr(tiles, "TILE", 8)
     hidden, kernel, labels = problem(384, 2, dtype, lead=(7, 9))
     needed = jax.random.uniform(jax.random.key(5), labels.shape[:-1]) < SHARES[share]
     weight = jax.random.normal(jax.random.key(1), labels.shape)
@@ -169,11 +169,11 @@ def test_rows_that_are_not_needed_change_nothing(monkeypatch, chunk, share, dtyp
 
 def test_rows_that_are_not_needed_cost_nothing(monkeypatch):
     """The loops over tiles end where the needed rows do."""
-    monkeypatch.setattr(logprob, "TILE", 8)
+    monkeypatch.setattr(tiles, "TILE", 8)
     labels = problem(384, 1, lead=(64,))[2]
-    tiles = logprob._Tiles(jnp.arange(64) % 16 == 3)
+    tiled = tiles.Tiles(jnp.arange(64) % 16 == 3)
     visited = jnp.zeros(64)
-    seen, total = tiles.visit(lambda own, x: (own + 1, jnp.sum(x)), visited, (jnp.ones(64),), 0.0)
-    assert int(tiles.count) == 1
+    seen, total = tiled.visit(lambda own, x: (own + 1, jnp.sum(x)), visited, (jnp.ones(64),), 0.0)
+    assert int(tiled.count) == 1
     assert float(total) == float(seen.sum()) == 8
-    np.testing.assert_array_equal(tiles.unpack(tiles.pack(labels))[3::16], labels[3::16])
+    np.testing.assert_array_equal(tiled.unpack(tiled.pack(labels))[3::16], labels[3::16])

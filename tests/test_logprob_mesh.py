@@ -10,10 +10,10 @@ SCRIPT = f"""
 import json, re, sys
 import jax, jax.numpy as jnp
 from dmrl import parallel
-from dmrl.models import logprob
+from dmrl.models import logprob, tiles
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-logprob.CHUNK, logprob.SMALLEST, logprob.TILE = 64, 16, 4  # several chunks in every shard
+logprob.CHUNK, logprob.SMALLEST, tiles.TILE = 64, 16, 4  # several chunks in every shard
 keys = jax.random.split(jax.random.key(0), 4)
 hidden = jax.random.normal(keys[0], (16, 5, {WIDTH}))
 kernel = jax.random.normal(keys[1], ({WIDTH}, {VOCAB}))

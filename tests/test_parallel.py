@@ -113,13 +113,13 @@ import jax, jax.numpy as jnp, numpy as np, optax
 from dmrl import hlo, models, parallel
 from dmrl.diffusion.sampler import Sampling
 from dmrl.flops import matmul_flops
-from dmrl.models import logprob
+from dmrl.models import logprob, tiles
 from dmrl.objective import make_term
 from dmrl.programs import Programs
 
 jax.config.update("jax_disable_most_optimizations", True)
 # All meshes walk the vocabulary in chunks, and all rows of it.
-logprob.CHUNK, logprob.TILE = 256, 10**6
+logprob.CHUNK, tiles.TILE = 256, 10**6
 cfg = models.Config(vocab_size=1024, d_model=64, n_layers=2, n_heads=8, n_kv_heads=8,
     mlp_hidden_size=192, max_sequence_length=128, mask_token_id=0, eos_token_id=1,
     dtype="float32", param_dtype="float32", remat="none")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmrl.models import headwise, layers, products
+from dmrl.models import headwise, layers, products, target
 
 
 def drawn(*shape, dtype="float32"):
@@ -21,7 +21,7 @@ def compiled(f, *args):
 @pytest.mark.parametrize("lead", [(), (2,), (2, 3)])
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_it_is_the_transpose_times_the_other(monkeypatch, lead, i, o, dtype, platform):
-    monkeypatch.setattr(products, "platform", lambda: platform)
+    monkeypatch.setattr(target, "platform", lambda: platform)
     x, y = drawn(*lead, 7, i, dtype="bfloat16"), drawn(*lead, 7, o, dtype="bfloat16")
     got = products.over_rows(x, y, dtype=dtype)
     want = np.einsum("...ni,...no->...io", x.astype(jnp.float32), y.astype(jnp.float32))
@@ -56,7 +56,7 @@ def attended(q):
 def test_nor_does_one_of_the_gradients_made_of_it(monkeypatch, f, shape, slow):
     gradient = jax.grad(lambda x: jnp.sum(f(x)) ** 2)
     assert slow not in compiled(gradient, drawn(*shape))
-    monkeypatch.setattr(products, "platform", lambda: "gpu")
+    monkeypatch.setattr(target, "platform", lambda: "gpu")
     jax.clear_caches()
     assert slow in compiled(gradient, drawn(*shape)), "as without"
 

@@ -17,13 +17,12 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from dmrl.models import headwise, products
+from dmrl.models import headwise, products, target
 
 KINDS = ("xla", "splash")
 TILE = 128
 """Queries and keys are padded to multiples of it, and a head is one wide, or several."""
 BATCH_AXES = ("data", "fsdp")
-_PRECISION = {"float32": "highest", "bfloat16": "default", "float16": "default"}
 
 
 def attend(
@@ -38,10 +37,10 @@ def attend(
     `splash` where the program is compiled for a TPU and every position asks; else XLA's, and of
     long sequences on a CPU `headwise`.
     """
-    target = products.platform()
-    if kind == "splash" and target == "tpu" and q.shape[1] == k.shape[1]:
+    platform = target.platform()
+    if kind == "splash" and platform == "tpu" and q.shape[1] == k.shape[1]:
         return splash(q, k, v, valid)
-    if target == "cpu" and k.shape[1] >= headwise.SHORTEST:
+    if platform == "cpu" and k.shape[1] >= headwise.SHORTEST:
         return on_each_device(headwise.attention, q, k, v, valid)
     return xla(q, k, v, valid)
 
@@ -49,7 +48,7 @@ def attend(
 def xla(q: Any, k: Any, v: Any, valid: Any) -> Any:
     """`jax.nn.dot_product_attention`; float32 means float32."""
     mask = jnp.broadcast_to(valid[:, None, None, :], (q.shape[0], 1, q.shape[1], k.shape[1]))
-    with jax.default_matmul_precision(_PRECISION[str(q.dtype)]):
+    with jax.default_matmul_precision(products.precision(q.dtype).name.lower()):
         return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 

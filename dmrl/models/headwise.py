@@ -52,11 +52,7 @@ def _parts(heads: int, size: int) -> int:
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
-
-
-def _over_rows(a: jax.Array, b: jax.Array) -> jax.Array:
-    return products.over_rows(a, b, dtype=jnp.float32)
+    return products.times(a, b, jnp.float32)
 
 
 def _scores(q: jax.Array, k: jax.Array, seen: jax.Array) -> jax.Array:
@@ -85,10 +81,10 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v of a part."""
     probability = jnp.where(seen, jnp.exp(_scores(q, k, seen) - log_z), 0.0)
-    d_v = _over_rows(probability.astype(v.dtype), cotangent)
+    d_v = products.over_rows(probability.astype(v.dtype), cotangent, jnp.float32)
     mean = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
     d_scores = (probability * (_dot(cotangent, v.mT) - mean)).astype(q.dtype)
-    d_q, d_k = _dot(d_scores, k), _over_rows(d_scores, q)
+    d_q, d_k = _dot(d_scores, k), products.over_rows(d_scores, q, jnp.float32)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
 

@@ -22,15 +22,13 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from dmrl.models import products
-from dmrl.models.layers import BATCH_AXES, constrain, dot, matmul_precision
+from dmrl.models import products, tiles
+from dmrl.models.layers import BATCH_AXES, constrain, dot
 
 CHUNK = 4096
 """Columns of the vocabulary held at a time. A vocabulary up to this size is one chunk."""
 SMALLEST = 512
 """Columns below which a chunk is not cut further for the rows that a device gathers."""
-TILE = 128
-"""Rows of a tile, where some rows are not needed: half of one is wasted on average."""
 HEAD_AXES = ("fsdp", "tensor")
 """Mesh axes over which the head's columns are cut (`dmrl.parallel.RULES`)."""
 
@@ -101,7 +99,7 @@ def log_prob(
         rows = logits(hidden, kernel, dropped)
         picked = jnp.take_along_axis(rows, labels, axis=-1)
         return picked - jax.nn.logsumexp(rows, axis=-1, keepdims=True)
-    if math.prod(hidden.shape[:-1]) // cut.parts * cut.pieces <= TILE:  # that a device walks
+    if math.prod(hidden.shape[:-1]) // cut.parts * cut.pieces <= tiles.TILE:  # that a device walks
         needed = None
     if needed is None and not cut.columns:
         cut = Cut()
@@ -169,60 +167,6 @@ def _column_chunk(
     return part
 
 
-class _Tiles:
-    """The rows of a device: all as they are or, with `needed`, these alone and sorted to the front.
-
-    `pack` and `unpack` go from the one order to the other.
-    """
-
-    def __init__(self, needed: jax.Array | None):
-        self.needed = needed
-        if needed is not None:
-            flat = needed.reshape(-1)
-            self.spare = -flat.shape[0] % TILE
-            self.order = jnp.argsort(~flat, stable=True)
-            self.count = (jnp.sum(flat) + TILE - 1) // TILE
-
-    def pack(self, x: jax.Array) -> jax.Array:
-        """[*lead, ...] -> [rows, ...], padded to whole tiles."""
-        if self.needed is None:
-            return x
-        flat = x.reshape(-1, *x.shape[self.needed.ndim :])[self.order]
-        return jnp.pad(flat, [(0, self.spare), *[(0, 0)] * (flat.ndim - 1)])
-
-    def unpack(self, x: jax.Array) -> jax.Array:
-        """The inverse; 0 where a row was not needed."""
-        if self.needed is None:
-            return x
-        rows = x[: self.order.shape[0]]
-        back = jnp.zeros_like(rows).at[self.order].set(rows, unique_indices=True)
-        back = back.reshape(*self.needed.shape, *x.shape[1:])
-        return jnp.where(jnp.expand_dims(self.needed, range(self.needed.ndim, back.ndim)), back, 0)
-
-    def visit(self, f: Callable[..., tuple[Any, Any]], own: Any, rows: Any, total: Any) -> Any:
-        """(own, total) after `own, more = f(own, *rows)` of every tile; `total` adds up `more`."""
-        if self.needed is None:
-            return f(own, *rows)
-
-        def tile(number: jax.Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
-            def cut(x: jax.Array) -> jax.Array:
-                return jax.lax.dynamic_slice_in_dim(x, number * TILE, TILE)
-
-            def put(x: jax.Array, new: jax.Array) -> jax.Array:
-                return jax.lax.dynamic_update_slice_in_dim(x, new, number * TILE, axis=0)
-
-            new, more = f(jax.tree.map(cut, state[0]), *jax.tree.map(cut, rows))
-            return jax.tree.map(put, state[0], new), jax.tree.map(jnp.add, state[1], more)
-
-        most = (self.order.shape[0] + self.spare) // TILE  # for who counts operations
-
-        def left(state: tuple[Any, jax.Array]) -> jax.Array:
-            return (state[1] < self.count) & (state[1] < most)
-
-        start = ((own, total), jnp.zeros((), jnp.int32))
-        return jax.lax.while_loop(left, lambda s: (tile(s[1], s[0]), s[1] + 1), start)[0]
-
-
 def _forward(
     cut: Cut,
     chunk: int,
@@ -234,8 +178,8 @@ def _forward(
 ) -> tuple[jax.Array, jax.Array]:
     """(log-probabilities, log Z) of a device's rows, from its columns and everyone's."""
     hidden, labels, needed = _whole(cut, hidden, labels, needed)
-    tiles = _Tiles(needed)
-    rows, first = (tiles.pack(hidden), tiles.pack(labels)), _first_column(cut, kernel.shape[1])
+    tiled = tiles.Tiles(needed)
+    rows, first = (tiled.pack(hidden), tiled.pack(labels)), _first_column(cut, kernel.shape[1])
 
     def step(carry, start):
         columns = jax.lax.dynamic_slice_in_dim(kernel, start, chunk, axis=1)
@@ -251,7 +195,7 @@ def _forward(
             total = total * jnp.exp(high - new_high) + more
             return (new_high, total, jnp.where(inside, value, picked)), ()
 
-        return tiles.visit(update, carry, rows, ())[0], None
+        return tiled.visit(update, carry, rows, ())[0], None
 
     zero = jnp.zeros(rows[0].shape[:-1], jnp.float32)
     carry = (jnp.full_like(zero, -1e30), zero, jnp.zeros(rows[1].shape, jnp.float32))
@@ -262,7 +206,7 @@ def _forward(
         total = jax.lax.psum(total * jnp.exp(high - highest), cut.columns)
         high, picked = highest, jax.lax.psum(picked, cut.columns)
     log_z = high + jnp.log(total)
-    out, log_z = tiles.unpack(picked - log_z[..., None]), tiles.unpack(log_z)
+    out, log_z = tiled.unpack(picked - log_z[..., None]), tiled.unpack(log_z)
     return _own(cut, out), _own(cut, log_z)
 
 
@@ -282,8 +226,8 @@ def _backward(
     if needed is not None:  # a last tile has rows whose log Z is unknown: no probability is theirs
         log_z = jnp.where(needed, log_z, 1e30)
         cotangent = jnp.where(needed[..., None], cotangent, 0)
-    tiles, first = _Tiles(needed), _first_column(cut, kernel.shape[1])
-    packed = tuple(tiles.pack(x) for x in (hidden, labels, log_z, cotangent))
+    tiled, first = tiles.Tiles(needed), _first_column(cut, kernel.shape[1])
+    packed = tuple(tiled.pack(x) for x in (hidden, labels, log_z, cotangent))
 
     def step(carry, start):
         d_hidden, d_kernel = carry
@@ -299,11 +243,10 @@ def _backward(
             d_part = d_part.astype(hidden.dtype)
             d_hidden += dot(d_part, columns.T, jnp.float32)
             rows, parts = hidden.reshape(-1, hidden.shape[-1]), d_part.reshape(-1, chunk)
-            precision = matmul_precision(str(rows.dtype))
-            return d_hidden, products.over_rows(rows, parts, precision, jnp.float32)
+            return d_hidden, products.over_rows(rows, parts, jnp.float32)
 
         nothing = jnp.zeros(columns.shape, jnp.float32)
-        d_hidden, d_columns = tiles.visit(update, d_hidden, packed, nothing)
+        d_hidden, d_columns = tiled.visit(update, d_hidden, packed, nothing)
         d_columns = d_columns.astype(kernel.dtype)
         # Into place: stacking the chunks would take the head's size twice.
         d_kernel = jax.lax.dynamic_update_slice_in_dim(d_kernel, d_columns, start, axis=1)
@@ -311,7 +254,7 @@ def _backward(
 
     carry = (jnp.zeros(packed[0].shape, jnp.float32), jnp.zeros_like(kernel))
     (d_hidden, d_kernel), _ = jax.lax.scan(step, carry, jnp.arange(0, kernel.shape[1], chunk))
-    d_hidden = tiles.unpack(d_hidden)
+    d_hidden = tiled.unpack(d_hidden)
     if cut.gathered:
         d_hidden = jax.lax.psum_scatter(d_hidden, cut.gathered, scatter_dimension=0, tiled=True)
     if rest := tuple(a for a in cut.columns if a not in cut.gathered):

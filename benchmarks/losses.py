@@ -33,8 +33,6 @@ from dmrl.algorithms import diffu_grpo, spg  # noqa: E402
 from dmrl.models import logprob  # noqa: E402
 from dmrl.types import Inner, Models, Rollout  # noqa: E402
 
-_SHAPES = flags.DEFINE_list("shapes", ["T0", "T1"], "Which shapes")
-_SERVE = flags.DEFINE_list("serve", None, "Only run the peer's LOSS,SHAPE, once a line of input")
 _MEMORY = flags.DEFINE_list("memory", None, "Only print the memory of this LOSS,SHAPE")
 _ROWS = flags.DEFINE_integer("timed_rows", 3072, "Rows at which the log-probability is timed")
 
@@ -286,16 +284,16 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(timing.cores())
     if _MEMORY.value:
         return print_memory(*_MEMORY.value)
-    if _SERVE.value:
-        label, name = _SERVE.value
+    if timing.SERVE.value:
+        label, name = timing.SERVE.value
         return timing.serve(case(ALGORITHMS[label], sized(name)).theirs)
     heap.keep_pages()  # as launch/train.py does
     rows, details = [], {}
-    for name in _SHAPES.value:
+    for name in timing.SHAPES.value:
         for label in ALGORITHMS:
             row, details[f"{label} {name}"] = against_peer(label, name)
             rows.append(row)
-    if "T1" in _SHAPES.value:
+    if "T1" in timing.SHAPES.value:
         found, details["log_prob"] = against_materialised()
         rows += found
     timing.save("losses", rows, details)

@@ -30,8 +30,6 @@ from dmrl.diffusion import refill  # noqa: E402
 from dmrl.diffusion.sampler import Sampling, sample  # noqa: E402
 from dmrl.types import Denoiser  # noqa: E402
 
-_SHAPES = flags.DEFINE_list("shapes", ["T0", "T1"], "Which shapes")
-_SERVE = flags.DEFINE_list("serve", None, "Only run the peer at SHAPE,DTYPE, once a line of input")
 _STEPS = flags.DEFINE_integer("timed_steps", 8, "Denoising steps of T1 that are timed")
 _ROWS = flags.DEFINE_integer("rows", 0, "Completions at a time; 0: the shape's own")
 
@@ -325,16 +323,16 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     torch.set_num_threads(timing.cores())
-    if _SERVE.value:
-        name, dtype = _SERVE.value
+    if timing.SERVE.value:
+        name, dtype = timing.SERVE.value
         timed = sized(name)
         return timing.serve(standard(timed, timed.shape.sampling, getattr(torch, dtype)))
     heap.keep_pages()  # as launch/train.py does
     rows, details = [], {}
-    for name in _SHAPES.value:
+    for name in timing.SHAPES.value:
         found, details[name] = against_peer(name)
         rows += found
-    if "T0" in _SHAPES.value:
+    if "T0" in timing.SHAPES.value:
         for item, measure in (
             ("8", against_group_size),
             ("9", against_length),

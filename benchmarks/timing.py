@@ -22,6 +22,8 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 CLOCK = flags.DEFINE_enum(
     "clock", "wall", list(CLOCKS), "cpu: seconds of this process, for one core that others share"
 )
+SHAPES = flags.DEFINE_list("shapes", ["T0", "T1"], "Which shapes, where a script takes several")
+SERVE = flags.DEFINE_list("serve", None, "Only run the peer of this case, once a line of input")
 OUT = flags.DEFINE_string("out", "runs/bench", "Where the JSON goes")
 
 
